@@ -1,0 +1,46 @@
+// Codecs: how a chunk of float32 values becomes bytes and back (docs/codecs.md has the layouts).
+//
+// Every function is pure and gives the same bits on every CPU and GPU. Nothing here knows rounds,
+// peers or error feedback (which belongs to the sender).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace decotrain {
+
+enum class Codec : std::uint8_t {
+  f32 = 0, bf16 = 1, f16 = 2, int8 = 3, e2m1 = 4, e3m0 = 5, int2 = 6,
+};
+constexpr std::uint8_t kCodecCount = 7;
+
+// How contributions to one chunk become one value.
+enum class Rule : std::uint8_t { mean = 0, sum = 1, median = 2, trimmed_mean = 3, norm_clip = 4 };
+constexpr std::uint8_t kRuleCount = 5;
+
+// Bytes of `elements` encoded values. Exact: a frame of any other length is refused.
+std::size_t encoded_bytes(Codec codec, std::size_t elements);
+
+// Encodes; false when a value is NaN or infinite (out is then unspecified).
+bool encode(Codec codec, std::span<const float> values, std::byte* out);
+
+// Decodes exactly encoded_bytes(codec, out.size()) bytes; false when the bytes are no valid
+// encoding (a NaN, an infinite or negative scale ...): out is then unspecified.
+bool decode(Codec codec, const std::byte* bytes, std::span<float> out);
+
+struct Contribution {
+  const std::byte* bytes = nullptr;  // encoded_bytes(codec, elements)
+  float weight = 1.0f;               // relative, > 0, already divided by the largest
+};
+
+// Decodes all contributions and combines them in the order given, one pass over memory, into
+// `result` (encoded with result_codec). Contributions are finite (checked with `valid` on arrival).
+// False when the combined value is not finite.
+bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contribution> from,
+             std::size_t elements, Codec result_codec, std::byte* result);
+
+// True when the bytes are a valid encoding of finite values only.
+bool valid(Codec codec, const std::byte* bytes, std::size_t elements);
+
+}  // namespace decotrain
