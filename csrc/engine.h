@@ -23,6 +23,7 @@ struct EngineOptions {
   double quorum = 1.0;     // fraction of the view's active peers that starts the grace period
   double done_bound_s = 0.0;  // name who has not said DONE this long after our own; 0: never
   std::size_t parked_bytes = std::size_t{64} << 20;  // early frames of rounds not begun here
+  std::size_t missed_rounds = 4;  // results kept for a caller that has not begun them, of each tag
 };
 
 // Why and where a frame's payload goes.
@@ -122,12 +123,13 @@ struct RoundReport {
 };
 struct TagReport {
   std::uint32_t tag = 0;
-  std::int64_t covered = -1;  // last round whose effect we hold; -1: none
+  bool state = true;          // false: declared to carry no state, so covered whatever is stable
+  std::int64_t covered = -1;  // last round whose effect or whose result we hold; -1: none
   std::vector<std::pair<std::uint64_t, std::uint64_t>> stable;  // newest (seq, digest), few
 };
 struct Report {
   ViewId installed = 0;
-  bool declared = false;  // tags absent from `tags` carry no state here
+  bool declared = false;  // the application said which tags carry state; absent ones carry none
   std::vector<TagReport> tags;
   std::vector<RoundReport> rounds;  // open ones
 };
@@ -172,6 +174,8 @@ class Engine {
   // The next round of the tag; returns its sequence number. While frozen only the snapshot is
   // taken. An observer's round contributes nothing and yields the others' result.
   std::uint64_t begin(BeginArgs args, double now);
+  // False while a view is lacking, the tag's last round is open, or missed results are not taken.
+  bool may_begin(std::uint32_t tag) const;
   bool ready(std::uint32_t tag, std::uint64_t seq) const;
   RoundResult take_result(std::uint32_t tag, std::uint64_t seq);
   // Results of rounds that were completed for us before our next begin (observing, skipped),
