@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench SUITE`. What each suite measures is in its module's header."""

@@ -1,0 +1,77 @@
+"""`python -m bench SUITE...`: run suites, write JSON, Markdown and PNG. `--list` names them.
+
+Results of a real run go to bench/results/ (the committed set), those of `--quick` elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.common import RESULTS, ROOT, Report, Settings, log, markdown, write_results
+
+# Every suite: name -> (module with `run(settings) -> Report`, what it shows).
+SUITES = {
+    "codecs": ("bench.codecs", "encode, decode and combine against torch and memcpy"),
+    "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
+    "recovery": ("bench.recovery", "seconds from a peer's death to the next stable round"),
+    "join": ("bench.join", "seconds from start to active, and what the others notice of it"),
+    "kills": ("bench.kills", "training through kills: time and loss against an undisturbed run"),
+    "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
+    "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="names, see --list")
+    parser.add_argument("--list", action="store_true", help="name the suites and exit")
+    parser.add_argument("--quick", action="store_true", help="a smoke run, seconds per suite")
+    parser.add_argument("--repeats", type=int, default=5, help="samples of each case")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                        help="an option of the suite itself")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    args = parser.parse_args(argv)
+    if args.list or not args.suites:
+        for name, (module, text) in SUITES.items():
+            mark = "" if _exists(module) else " (not in this tree)"
+            print(f"{name:14} {text}{mark}")
+        return 0
+    settings = Settings(args.quick, args.repeats, args.seed, _options(parser, args.set))
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    unknown = [name for name in args.suites if name not in SUITES or not _exists(SUITES[name][0])]
+    if unknown:
+        parser.error(f"no such suite: {', '.join(unknown)}; --list names them")
+    folder = args.out or (ROOT / "build" / "bench" if args.quick else RESULTS)
+    for name in args.suites:
+        log(f"== {name}: {SUITES[name][1]}")
+        report: Report = importlib.import_module(SUITES[name][0]).run(settings)
+        data = report.data()
+        for path in write_results(data, folder):
+            log(f"wrote {path}")
+        print(markdown(data))
+    return 0
+
+
+def _options(parser: argparse.ArgumentParser, pairs: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            parser.error(f"--set {pair}: write NAME=VALUE")
+        options[name] = value
+    return options
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

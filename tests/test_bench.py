@@ -1,0 +1,95 @@
+"""The frame of the benchmarks: statistics, interleaving, result files, tables, README figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import common
+from bench.common import Report, Settings, Stats, interleave
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def example() -> Report:
+    report = Report("example", "An example", Settings(quick=True, repeats=3))
+    for codec, factor in (("f32", 1.0), ("int8", 4.0)):
+        for mib in (1, 64):
+            report.add({"codec": codec, "mib": mib}, rate_gbs=[factor * s for s in (1, 2, 9)])
+    report.skip({"codec": "hivemind", "mib": 1}, "not installed")
+    report.table("rates", "rate_gbs", columns="mib")
+    report.plot("rates-plot", "mib", "rate_gbs", lines="codec", log_x=True)
+    return report
+
+
+def test_quartiles_are_inclusive() -> None:
+    stats = Stats.of([4, 1, 3, 2, 5])
+    assert (stats.q1, stats.median, stats.q3, stats.n) == (2, 3, 4, 5)
+    assert Stats.of(7).q1 == 7
+
+
+def test_variants_take_turns() -> None:
+    calls: list[str] = []
+
+    def variant(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    samples = interleave({n: lambda n=n: variant(n) for n in "abc"}, repeats=3, warmup=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert samples["a"] == [4, 9, 11]
+
+
+def test_results_survive_the_file_and_the_table_shows_them(tmp_path: Path) -> None:
+    data = example().data()
+    names = [p.name for p in common.write_results(data, tmp_path)]
+    assert names == ["example.json", "example.md", "example-rates-plot.png"]
+    assert common.read_results(tmp_path / "example.json") == json.loads(json.dumps(data))
+    table = common.table_text(data, data["tables"][0])
+    assert table.splitlines()[0] == "| codec | mib 1 | mib 64 |"
+    assert "| int8 | 8 [6, 22] | 8 [6, 22] |" in table
+    assert "| hivemind | not run |" in table
+    assert "not installed" in (tmp_path / "example.md").read_text()
+
+
+def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({**example().data(), "schema": 0}))
+    with pytest.raises(ValueError, match="schema 0"):
+        common.read_results(path)
+
+
+def test_machine_facts_name_no_host() -> None:
+    import platform
+
+    text = json.dumps(common.machine_facts())
+    assert "cores" in text
+    assert len(platform.node()) < 4 or platform.node() not in text
+
+
+def test_figures_of_a_text_come_from_the_results(tmp_path: Path) -> None:
+    common.write_results(example().data(), tmp_path)
+    text = tmp_path / "README.md"
+    text.write_text("# A\n<!-- figures:example.rates -->\nold\n<!-- /figures -->\nB\n")
+    argv = [sys.executable, str(ROOT / "scripts/readme_figures.py"), str(text),
+            "--results", str(tmp_path)]  # fmt: skip
+    stale = subprocess.run([*argv, "--check"], capture_output=True, text=True)
+    assert stale.returncode == 1
+    assert "stale" in stale.stderr
+    subprocess.run(argv, check=True)
+    assert "| int8 | 8 [6, 22] |" in text.read_text()
+    assert "old" not in text.read_text()
+    assert text.read_text().endswith("<!-- /figures -->\nB\n")
+    subprocess.run([*argv, "--check"], check=True)
+
+
+def test_an_unknown_suite_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "nonsense"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "no such suite: nonsense" in done.stderr
