@@ -1,0 +1,1 @@
+"""decotrain's collective core"""

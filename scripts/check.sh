@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The checks of source text, one name each: the only place that says how they are called.
+# scripts/test.sh, the pre-commit hooks and CI all come here.
+#
+#   scripts/check.sh format|lint|types|stub|clang-tidy ...
+#   scripts/check.sh fix          formats everything in place
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+if [ -d "$venv/bin" ]; then export PATH="$venv/bin:$PATH"; fi
+
+cpp_files() { find csrc -name '*.cpp' -o -name '*.h' | grep -v ^csrc/third_party/; }
+cpp_sources() { find csrc -name '*.cpp' | grep -v -e ^csrc/third_party/ -e ^csrc/fuzz/; }
+
+check_format() {
+  ruff format --check -q . || fail "ruff format: run scripts/check.sh fix"
+  cpp_files | xargs clang-format --dry-run --Werror || fail "clang-format: run scripts/check.sh fix"
+}
+
+check_lint() {
+  ruff check -q .
+  local script
+  for script in scripts/*.sh .ci/run; do bash -n "$script"; done
+}
+
+check_types() { mypy; }
+
+check_stub() {  # the committed stub is what the build generates
+  local built=build/editable/_core.pyi
+  [ -f "$built" ] || fail "no $built: run scripts/setup.sh dev first"
+  diff -u decotrain/_core.pyi "$built" ||
+    fail "decotrain/_core.pyi is not what the core offers: cp $built decotrain/_core.pyi"
+}
+
+check_clang_tidy() {  # against the editable build's compile commands
+  local build=build/editable
+  [ -f $build/compile_commands.json ] || build=build/release
+  [ -f $build/compile_commands.json ] || fail "no build yet: run scripts/setup.sh dev first"
+  cpp_sources | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p "$build" --quiet 2>/dev/null ||
+    fail "clang-tidy found something (above)"
+}
+
+fix() {
+  ruff format -q .
+  ruff check -q --fix .
+  cpp_files | xargs clang-format -i
+}
+
+[ $# -gt 0 ] || fail "say which: format, lint, types, stub, clang-tidy or fix"
+for name in "$@"; do
+  case $name in
+    format) check_format ;;
+    lint) check_lint ;;
+    types) check_types ;;
+    stub) check_stub ;;
+    clang-tidy) check_clang_tidy ;;
+    fix) fix ;;
+    *) fail "unknown check '$name'" ;;
+  esac
+done

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds the fuzzers of csrc/fuzz/ and runs each for a while, from the committed corpus.
+# What they find lies in build/fuzz/. FUZZ_S: seconds for each fuzzer (30).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+
+seconds=${FUZZ_S:-30}
+if ! have_fuzzer && [ -n "${CI:-}" ]; then scripts/setup.sh fuzz; fi
+if ! have_fuzzer; then
+  echo "fuzzers not run: no clang++-19 with libFuzzer (scripts/setup.sh fuzz installs it)"
+  exit 0
+fi
+if [ -d "$venv/bin" ]; then export PATH="$venv/bin:$PATH"; fi
+cmake --preset fuzz >/dev/null
+cmake --build --preset fuzz -j "$(nproc)" | tail -n 1
+for source in csrc/fuzz/fuzz_*.cpp; do
+  name=$(basename "$source" .cpp)
+  mkdir -p "build/fuzz/found/$name"
+  stage "$name, $seconds s"
+  "build/fuzz/$name" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -verbosity=0 \
+    -artifact_prefix="build/fuzz/$name-" "build/fuzz/found/$name" \
+    "csrc/fuzz/corpus/${name#fuzz_}" || fail "$name found something: build/fuzz/$name-*"
+done
