@@ -1,57 +1,157 @@
-// Codecs, first step: f32 only, scalar. The other codecs refuse until their layouts are in.
+// Codecs: lengths, places, checks, and the way from a call to the kernels of this CPU.
+//
+// The arithmetic is block.h's, the loops are the kernels', combining is combine.cpp's.
 #include "codec/codec.h"
 
-#include <cmath>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cassert>
 #include <cstring>
-#include <vector>
+
+#include "codec/kernels.h"
 
 namespace decotrain {
+namespace {
 
-std::size_t encoded_bytes(Codec codec, std::size_t elements) {
-  return codec == Codec::f32 ? elements * sizeof(float) : 0;
+using namespace block;
+
+constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+// Bytes of the three sections of a chunk, in order: codes, scales, group exponents.
+struct Sections {
+  std::size_t codes;
+  std::size_t scales;
+  std::size_t exponents;
+};
+
+Sections sections(Codec codec, std::size_t elements) {
+  switch (codec) {
+    case Codec::f32:
+      return {elements * 4, 0, 0};
+    case Codec::bf16:
+    case Codec::f16:
+      return {elements * 2, 0, 0};
+    case Codec::int8:
+      return {ceil_div(elements, 16) * 16, ceil_div(elements, kInt8Block) * 4, 0};
+    case Codec::e2m1:
+      return {ceil_div(elements, 32) * 16, ceil_div(elements, kE2m1Block),
+              ceil_div(elements, kE2m1Group)};
+    case Codec::e3m0:
+      return {ceil_div(elements, 32) * 16, ceil_div(elements, kE3m0Block), 0};
+    case Codec::int2:
+      return {ceil_div(elements, 64) * 16, ceil_div(elements, kInt2Block) * 4, 0};
+  }
+  assert(false);
+  return {0, 0, 0};
 }
 
+template <typename T>
+T load(const u8* bytes, std::size_t index) {
+  T value;
+  std::memcpy(&value, bytes + index * sizeof value, sizeof value);
+  return value;
+}
+
+bool scales_ok(Codec codec, const Place& in, std::size_t elements) {
+  bool ok = true;
+  if (codec == Codec::int8) {
+    for (std::size_t i = 0; i < ceil_div(elements, kInt8Block); ++i) {
+      ok &= int8_ok(load<u32>(in.scales, i));
+    }
+  } else if (codec == Codec::e2m1) {
+    for (std::size_t i = 0; i < ceil_div(elements, kE2m1Block); ++i) {
+      ok &= e2m1_ok(in.scales[i], in.exponents[i / (kE2m1Group / kE2m1Block)]);
+    }
+  } else if (codec == Codec::e3m0) {
+    for (std::size_t i = 0; i < ceil_div(elements, kE3m0Block); ++i) ok &= e3m0_ok(in.scales[i]);
+  } else if (codec == Codec::int2) {
+    for (std::size_t i = 0; i < ceil_div(elements, kInt2Block) * 2; ++i) {
+      ok &= int2_ok(load<u16>(in.scales, i));
+    }
+  }
+  return ok;
+}
+
+Place place_const(Codec codec, const std::byte* bytes, std::size_t elements) {
+  return place(codec, const_cast<std::byte*>(bytes), elements, 0);
+}
+
+}  // namespace
+
+std::size_t encoded_bytes(Codec codec, std::size_t elements) {
+  const Sections s = sections(codec, elements);
+  return s.codes + s.scales + s.exponents;
+}
+
+Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t begin) {
+  assert(begin % kPart == 0);
+  assert(begin <= elements);
+  const Sections all = sections(codec, elements);
+  const Sections before = sections(codec, begin);
+  Place out;
+  u8* base = reinterpret_cast<u8*>(bytes);
+  out.codes = base + before.codes;
+  if (all.scales > 0) out.scales = base + all.codes + before.scales;
+  if (all.exponents > 0) out.exponents = base + all.codes + all.scales + before.exponents;
+  return out;
+}
+
+void clear_padding(Codec codec, std::byte* bytes, std::size_t elements) {
+  if (codec != Codec::int8) return;  // the others fill whole groups
+  const std::size_t padded = ceil_div(elements, 16) * 16;
+  std::memset(bytes + elements, 0, padded - elements);
+}
+
+#if defined(__x86_64__)
+StrictFloats::StrictFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+StrictFloats::~StrictFloats() { _mm_setcsr(static_cast<unsigned>(saved_)); }
+#elif defined(__aarch64__)
+StrictFloats::StrictFloats() {
+  asm volatile("mrs %0, fpcr" : "=r"(saved_));
+  asm volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
+}
+StrictFloats::~StrictFloats() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+#else
+StrictFloats::StrictFloats() : saved_(0) {}
+StrictFloats::~StrictFloats() = default;
+#endif
+
 bool encode(Codec codec, std::span<const float> values, std::byte* out) {
-  if (codec != Codec::f32) return false;
   if (values.empty()) return true;
-  std::memcpy(out, values.data(), values.size_bytes());
-  return valid(codec, out, values.size());
+  const StrictFloats strict;
+  clear_padding(codec, out, values.size());
+  const Place where = place(codec, out, values.size(), 0);
+  return kernels().encode[static_cast<std::size_t>(codec)](values.data(), values.size(), where);
 }
 
 bool decode(Codec codec, const std::byte* bytes, std::span<float> out) {
-  if (codec != Codec::f32) return false;
   if (out.empty()) return true;
-  std::memcpy(out.data(), bytes, out.size_bytes());
-  return valid(codec, bytes, out.size());
-}
-
-bool combine(Rule rule, float, Codec codec, std::span<const Contribution> from,
-             std::size_t elements, Codec result_codec, std::byte* result) {
-  if (from.empty() || (rule != Rule::mean && rule != Rule::sum)) return false;
-  std::vector<float> total(elements, 0.0f);
-  std::vector<float> values(elements);
-  double weights = 0.0;
-  for (const Contribution& one : from) {
-    if (!decode(codec, one.bytes, values)) return false;
-    const float weight = rule == Rule::mean ? one.weight : 1.0f;
-    weights += static_cast<double>(one.weight);
-    for (std::size_t i = 0; i < elements; ++i) total[i] += weight * values[i];
-  }
-  if (rule == Rule::mean) {
-    const float inverse = static_cast<float>(1.0 / weights);
-    for (float& value : total) value *= inverse;
-  }
-  return encode(result_codec, total, result);
+  const StrictFloats strict;
+  const Place where = place_const(codec, bytes, out.size());
+  return scales_ok(codec, where, out.size()) &&
+         kernels().decode[static_cast<std::size_t>(codec)](where, out.size(), out.data());
 }
 
 bool valid(Codec codec, const std::byte* bytes, std::size_t elements) {
-  if (codec != Codec::f32) return false;
-  for (std::size_t i = 0; i < elements; ++i) {
-    float value;
-    std::memcpy(&value, bytes + i * sizeof value, sizeof value);
-    if (!std::isfinite(value)) return false;
+  if (elements == 0) return true;
+  const Place in = place_const(codec, bytes, elements);
+  bool ok = true;
+  if (codec == Codec::f32) {
+    for (std::size_t i = 0; i < elements; ++i) {
+      ok &= (load<u32>(in.codes, i) & kMagnitude) < kInfinity;
+    }
+  } else if (codec == Codec::bf16) {
+    for (std::size_t i = 0; i < elements; ++i) ok &= bf16_ok(load<u16>(in.codes, i));
+  } else if (codec == Codec::f16) {
+    for (std::size_t i = 0; i < elements; ++i) ok &= f16_ok(load<u16>(in.codes, i));
+  } else {
+    ok = scales_ok(codec, in, elements);
   }
-  return true;
+  return ok;
 }
+
+const Kernels& kernels() { return kScalarKernels; }
 
 }  // namespace decotrain

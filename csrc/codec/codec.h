@@ -11,7 +11,13 @@
 namespace decotrain {
 
 enum class Codec : std::uint8_t {
-  f32 = 0, bf16 = 1, f16 = 2, int8 = 3, e2m1 = 4, e3m0 = 5, int2 = 6,
+  f32 = 0,
+  bf16 = 1,
+  f16 = 2,
+  int8 = 3,
+  e2m1 = 4,
+  e3m0 = 5,
+  int2 = 6,
 };
 constexpr std::uint8_t kCodecCount = 7;
 
@@ -29,14 +35,19 @@ bool encode(Codec codec, std::span<const float> values, std::byte* out);
 // encoding (a NaN, an infinite or negative scale ...): out is then unspecified.
 bool decode(Codec codec, const std::byte* bytes, std::span<float> out);
 
+// False for a parameter the rule cannot use (trimmed_mean: the part cut at each end, below 0.5;
+// norm_clip: the longest length allowed, as a multiple of the median length; others: ignored).
+bool rule_valid(Rule rule, float parameter);
+
 struct Contribution {
   const std::byte* bytes = nullptr;  // encoded_bytes(codec, elements)
   float weight = 1.0f;               // relative, > 0, already divided by the largest
 };
 
 // Decodes all contributions and combines them in the order given, one pass over memory, into
-// `result` (encoded with result_codec). Contributions are finite (checked with `valid` on arrival).
-// False when the combined value is not finite.
+// `result` (encoded with result_codec). Weights count for mean and norm_clip only. Contributions
+// are finite (checked with `valid` on arrival). False when the combined value is not finite, or the
+// rule is not valid.
 bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contribution> from,
              std::size_t elements, Codec result_codec, std::byte* result);
 

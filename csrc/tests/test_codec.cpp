@@ -2,7 +2,10 @@
 #include <doctest/doctest.h>
 
 #include <array>
+#include <cmath>
+#include <cstring>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "codec/codec.h"
@@ -29,5 +32,77 @@ TEST_CASE("f32: mean is weighted, NaN is refused") {
 
   const std::array<float, 1> bad{std::numeric_limits<float>::quiet_NaN()};
   CHECK_FALSE(encode(Codec::f32, bad, ea.data()));
+  std::memcpy(ea.data(), bad.data(), 4);
   CHECK_FALSE(valid(Codec::f32, ea.data(), 1));
+}
+
+namespace {
+
+std::vector<float> sample(std::size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::student_t_distribution<float> draw(4.0f);
+  std::vector<float> values(count);
+  for (float& value : values) value = draw(random);
+  return values;
+}
+
+std::vector<float> round_trip(Codec codec, const std::vector<float>& values) {
+  std::vector<std::byte> bytes(encoded_bytes(codec, values.size()));
+  std::vector<float> out(values.size());
+  REQUIRE(encode(codec, values, bytes.data()));
+  REQUIRE(valid(codec, bytes.data(), values.size()));
+  REQUIRE(decode(codec, bytes.data(), out));
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("every codec: error within its bound, zeros exact, NaN refused") {
+  const std::array<double, kCodecCount> bounds{0.0, 1e-5, 1e-7, 3e-4, 0.02, 0.08, 0.35};
+  for (std::uint8_t c = 0; c < kCodecCount; ++c) {
+    const auto codec = static_cast<Codec>(c);
+    CAPTURE(int(c));
+    for (const std::size_t count : {1u, 31u, 256u, 1000u, 1025u, 70001u}) {
+      CAPTURE(count);
+      std::vector<float> values = sample(count, c);
+      const std::vector<float> out = round_trip(codec, values);
+      double error = 0;
+      double power = 0;
+      for (std::size_t i = 0; i < count; ++i) {
+        error += std::pow(double(out[i]) - double(values[i]), 2);
+        power += std::pow(double(values[i]), 2);
+      }
+      CHECK(error <= power * bounds[c] * (count < 1000 ? 3 : 1));
+      CHECK(round_trip(codec, std::vector<float>(count, -0.0f)) == std::vector<float>(count, 0.0f));
+      values[count / 2] = -std::numeric_limits<float>::infinity();
+      std::vector<std::byte> bytes(encoded_bytes(codec, count));
+      CHECK_FALSE(encode(codec, values, bytes.data()));
+    }
+  }
+}
+
+TEST_CASE("median and trimmed mean ignore an outlier, norm_clip shortens it") {
+  const std::size_t count = 1500;
+  std::vector<std::vector<std::byte>> bytes;
+  std::vector<Contribution> from;
+  for (const float value : {1.0f, 1000.0f, 2.0f, 3.0f, -500.0f}) {
+    bytes.emplace_back(encoded_bytes(Codec::f32, count));
+    REQUIRE(encode(Codec::f32, std::vector<float>(count, value), bytes.back().data()));
+  }
+  for (const auto& one : bytes) from.push_back({one.data(), 1.0f});
+  const auto run = [&](Rule rule, float parameter) {
+    std::vector<std::byte> result(encoded_bytes(Codec::f32, count));
+    std::vector<float> out(count);
+    REQUIRE(combine(rule, parameter, Codec::f32, from, count, Codec::f32, result.data()));
+    REQUIRE(decode(Codec::f32, result.data(), out));
+    CHECK(out.front() == out.back());
+    return out.front();
+  };
+  CHECK(run(Rule::median, 0.0f) == 2.0f);
+  CHECK(run(Rule::trimmed_mean, 0.2f) == doctest::Approx(2.0));
+  CHECK(run(Rule::norm_clip, 1.0f) == doctest::Approx((1 + 3 + 2 + 3 - 3) / 5.0));
+  from.resize(4);
+  CHECK(run(Rule::median, 0.0f) == 2.5f);
+  CHECK_FALSE(rule_valid(Rule::trimmed_mean, 0.5f));
+  CHECK_FALSE(rule_valid(Rule::norm_clip, 0.0f));
 }

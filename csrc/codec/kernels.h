@@ -1,0 +1,60 @@
+// The inner loops of the codecs, one table of functions for each SIMD level.
+//
+// A table works on parts: `elements` values that start at a multiple of kPart within a chunk (or
+// the chunk's end, for the last part). Where a part's bytes lie is `place`'s business.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "codec/block.h"
+#include "codec/codec.h"
+
+namespace decotrain {
+
+using block::u8;
+
+constexpr std::size_t kPart = 1024;  // a multiple of every block size
+
+// The encoded bytes of one part. Sections a codec does not have are null.
+struct Place {
+  u8* codes = nullptr;
+  u8* scales = nullptr;
+  u8* exponents = nullptr;  // e2m1: one for each group
+};
+
+// `bytes` encode a chunk of `elements`; begin is a multiple of kPart.
+Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t begin);
+
+struct Kernels {
+  const char* name;
+  // False: a value is NaN or infinite.
+  bool (*encode[kCodecCount])(const float* values, std::size_t elements, const Place& out);
+  // False (f32, bf16, f16): a value is NaN or infinite. Scales have been checked.
+  bool (*decode[kCodecCount])(const Place& in, std::size_t elements, float* values);
+  // total[i] = weight * value[i] when first, else total[i] + weight * value[i].
+  void (*accumulate[kCodecCount])(const Place& in, std::size_t elements, float weight, bool first,
+                                  float* total);
+};
+
+extern const Kernels kScalarKernels;
+
+// Sets rounding to nearest and denormals on while it lives: a library may have changed that.
+class StrictFloats {
+ public:
+  StrictFloats();
+  ~StrictFloats();
+  StrictFloats(const StrictFloats&) = delete;
+  StrictFloats& operator=(const StrictFloats&) = delete;
+
+ private:
+  std::uint64_t saved_;
+};
+
+// Zeroes what lies between the codes and the scales of a chunk, which no kernel writes.
+void clear_padding(Codec codec, std::byte* bytes, std::size_t elements);
+
+// The table in use: the best this CPU has, or what DECOTRAIN_SIMD or force_simd names.
+const Kernels& kernels();
+
+}  // namespace decotrain
