@@ -57,7 +57,8 @@ class Corpus:
 
 def windows(text: Bytes, starts: Numbers, context: int) -> Numbers:
     """(len(starts), context + 1) bytes as integers."""
-    return text[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    found: Numbers = text[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    return found
 
 
 def unigram_entropy(text: Bytes) -> float:
@@ -78,7 +79,7 @@ def default_path() -> str:
 
 
 def find_files(path: str | None) -> list[tuple[str, Path]]:
-    """(name, path) of every file, sorted by name; the name does not depend on where the text lies."""
+    """(name, path) of every file, by name; the name does not depend on where a folder lies."""
     asked = path or default_path()
     root = Path(asked).expanduser()
     if root.is_file():
@@ -92,9 +93,7 @@ def find_files(path: str | None) -> list[tuple[str, Path]]:
         matches = [Path(p) for p in glob.glob(os.path.expanduser(asked), recursive=True)]
         named = [(p.as_posix(), p) for p in matches if p.is_file()]
     if not named:
-        raise ConfigError(
-            f"data.path={asked}: no file there; give a text file, a folder or a glob"
-        )
+        raise ConfigError(f"data.path={asked}: no file there; give a text file, a folder or a glob")
     return sorted(named)
 
 
@@ -202,7 +201,8 @@ def _mix(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
     x = (x + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _permute(values: npt.NDArray[np.uint64], size: int, key: int) -> npt.NDArray[np.uint64]:
@@ -210,7 +210,7 @@ def _permute(values: npt.NDArray[np.uint64], size: int, key: int) -> npt.NDArray
     half = max((size - 1).bit_length() + 1, 2) // 2
     low = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
-    out = values.copy()
+    out: npt.NDArray[np.uint64] = values.copy()
     todo = np.arange(len(values))
     while len(todo):
         left, right = out[todo] >> shift, out[todo] & low

@@ -1,7 +1,8 @@
-"""The example model: a decoder-only transformer over bytes, deep and thin, in the spirit of MobileLLM.
+"""The example model: a decoder-only transformer over bytes, in the spirit of MobileLLM.
 
-RMSNorm before each block, rotary positions, grouped-query attention with normalised queries and
-keys, SwiGLU, one matrix for embedding and output. A token is a byte: the vocabulary is 256.
+Deep and thin: RMSNorm before each block, rotary positions, grouped-query attention with
+normalised queries and keys, SwiGLU, one matrix for embedding and output. A token is a byte: the
+vocabulary is 256.
 
 It knows nothing of training, peers or data; any other `torch.nn.Module` can take its place.
 """
@@ -53,7 +54,7 @@ def rotary_table(context: int, head_width: int, base: float = 10_000.0) -> Tenso
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + half]) by its position's angle. x: (batch, heads, time, width)."""
+    """Turns each pair (x[i], x[i + half]) by its angle. x: (batch, heads, time, width)."""
     cos, sin = table[0], table[1]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -1,0 +1,487 @@
+"""The outer optimizer against a naive reference: n replicas in a loop, float64, formulas only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from decotrain.errors import ConfigError, StateError
+from decotrain.outer import (
+    SGD,
+    CodecChoice,
+    DiLoCo,
+    EveryH,
+    Mix,
+    Nesterov,
+    OuterOptimizer,
+    Replace,
+)
+from tests.fake_comm import WAIT_S, FakeRun
+
+
+def make_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def batch(peer: int, step: int, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * peer + step)
+    return (
+        torch.randn(size, 5, generator=generator),
+        torch.randn(size, 3, generator=generator),
+    )
+
+
+def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, y = data
+    dtype = next(model.parameters()).dtype
+    return ((model(x.to(dtype)) - y.to(dtype)) ** 2).mean()
+
+
+@dataclass
+class Trained:
+    outer: OuterOptimizer
+    model: nn.Module
+    theta: list[torch.Tensor] = field(default_factory=list)  # after each round
+    digests: list[str] = field(default_factory=list)
+
+
+def run_peers(run: FakeRun, peers: list[int], body: Callable[[int], Any]) -> dict[int, Any]:
+    """Runs body(peer) for each peer in a thread of its own; the first error is raised here."""
+    done: dict[int, Any] = {}
+    errors: list[BaseException] = []
+
+    def work(peer: int) -> None:
+        try:
+            done[peer] = body(peer)
+        except BaseException as error:
+            errors.append(error)
+            run.remove(peer)
+
+    threads = [threading.Thread(target=work, args=(peer,), daemon=True) for peer in peers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    if errors:
+        raise errors[0]
+    assert len(done) == len(peers), "a peer hangs"
+    return done
+
+
+def train(
+    run: FakeRun,
+    peer: int,
+    steps: int,
+    make: Callable[[nn.Module, torch.optim.Optimizer, Any], OuterOptimizer],
+    tokens: Callable[[int], float] = lambda peer: 1.0,
+    inner_lr: float = 0.1,
+) -> Trained:
+    model = make_model(seed=peer)  # different on purpose: the broadcast makes them equal
+    inner = torch.optim.SGD(model.parameters(), lr=inner_lr)
+    out = Trained(make(model, inner, run.comms[peer]), model)
+    for step in range(steps):
+        loss_of(model, batch(peer, step)).backward()
+        inner.step()
+        inner.zero_grad()
+        if out.outer.step(tokens(peer)):
+            out.theta.append(out.outer.fragments[0].theta.clone())
+            out.digests.append(out.outer.digest())
+    return out
+
+
+def train_all(n: int, steps: int, make: Any, **options: Any) -> dict[int, Trained]:
+    run = FakeRun(n)
+    for peer in range(1, n + 1):
+        run.comm(peer)
+    return run_peers(run, list(run.comms), lambda peer: train(run, peer, steps, make, **options))
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
+
+
+def put(model: nn.Module, values: torch.Tensor) -> None:
+    at = 0
+    for parameter in model.parameters():
+        span = values[at : at + parameter.numel()]
+        parameter.data.copy_(span.view(parameter.shape))
+        at += parameter.numel()
+
+
+def reference(
+    n: int,
+    rounds: int,
+    sync_every: int,
+    lr: float,
+    momentum: float,
+    tokens: Callable[[int], float] = lambda peer: 1.0,
+    alpha: float = 0.0,
+    inner_lr: float = 0.1,
+) -> list[torch.Tensor]:
+    """theta after each round: Douillard et al. 2023, written down as it stands, in float64."""
+    replicas = [make_model(seed=1).double() for _ in range(n)]
+    theta = flat(replicas[0])
+    m = torch.zeros_like(theta)
+    out = []
+    for number in range(rounds):
+        for index, replica in enumerate(replicas):
+            for step in range(number * sync_every, (number + 1) * sync_every):
+                replica.zero_grad()
+                loss_of(replica, batch(index + 1, step)).backward()
+                for parameter in replica.parameters():
+                    parameter.data -= inner_lr * parameter.grad
+        total = sum(tokens(peer) for peer in range(1, n + 1))
+        delta = sum(
+            (theta - flat(replica)) * tokens(index + 1) / total
+            for index, replica in enumerate(replicas)
+        )
+        m = momentum * m + delta
+        theta = theta - lr * (delta + momentum * m)
+        for replica in replicas:
+            put(replica, alpha * flat(replica) + (1 - alpha) * theta)
+        out.append(theta.clone())
+    return out
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = 1e-6) -> None:
+    error = float((found.double() - expected).norm() / expected.norm())
+    assert error < relative, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_diloco_equals_the_naive_reference_round_by_round(n: int) -> None:
+    trained = train_all(n, 24, lambda m, o, c: DiLoCo(m, o, c, sync_every=4, lr=0.7, momentum=0.9))
+    expected = reference(n, 6, 4, 0.7, 0.9)
+    for peer in trained.values():
+        assert len(peer.theta) == 6
+        for found, wanted in zip(peer.theta, expected, strict=True):
+            assert_close(found, wanted)
+
+
+def test_every_peer_holds_the_same_bits_after_each_round() -> None:
+    trained = train_all(3, 20, lambda m, o, c: DiLoCo(m, o, c, sync_every=5))
+    histories = [peer.digests for peer in trained.values()]
+    assert len(histories[0]) == 4
+    assert len(set(histories[0])) == 4, "the outer state never moved"
+    assert histories[0] == histories[1] == histories[2]
+
+
+def test_contributions_are_weighted_by_tokens() -> None:
+    tokens = float
+    trained = train_all(3, 8, lambda m, o, c: DiLoCo(m, o, c, sync_every=4), tokens=tokens)
+    expected = reference(3, 2, 4, 0.7, 0.9, tokens=tokens)
+    assert_close(trained[1].theta[-1], expected[-1])
+
+
+def test_sgd_every_step_equals_data_parallel_training() -> None:
+    """A1: inner SGD, H = 1, eta = 1, no momentum is one optimizer on the union of the batches."""
+
+    def make(model: nn.Module, inner: torch.optim.Optimizer, comm: Any) -> OuterOptimizer:
+        return OuterOptimizer(model, inner, comm, schedule=EveryH(1), update=SGD(1.0))
+
+    trained = train_all(4, 10, make)
+    alone = make_model(seed=1).double()
+    for step in range(10):
+        alone.zero_grad()
+        data = [batch(peer, step) for peer in range(1, 5)]
+        union = (torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
+        loss_of(alone, union).backward()
+        for parameter in alone.parameters():
+            parameter.data -= 0.1 * parameter.grad
+    assert_close(trained[1].theta[-1], flat(alone))
+
+
+def test_nesterov_with_a_constant_pseudo_gradient() -> None:
+    """A2: eta (1 + mu) at first, eta / (1 - mu) of it in each round at the end."""
+    update = Nesterov(0.7, 0.9)
+    theta, delta = torch.zeros(3, dtype=torch.float32), torch.full((3,), 0.25)
+    buffers = {"momentum": torch.zeros(3)}
+    update.apply(theta, delta, buffers)
+    assert theta.tolist() == pytest.approx([-1.33 * 0.25] * 3, rel=1e-6)
+    for _ in range(59):
+        before = theta.clone()
+        update.apply(theta, delta, buffers)
+    assert (before - theta).tolist() == pytest.approx([6.99 * 0.25] * 3, rel=2e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nesterov_equals_torch_sgd(momentum: float) -> None:
+    torch.manual_seed(0)
+    elements = (1 << 18) + 17  # more than one span
+    parameter = nn.Parameter(torch.randn(elements, dtype=torch.float64))
+    options = {"nesterov": True} if momentum else {}
+    twin = torch.optim.SGD([parameter], lr=0.7, momentum=momentum, **options)
+    theta, buffers = parameter.detach().float(), {"momentum": torch.zeros(elements)}
+    for _ in range(4):
+        delta = torch.randn(elements)
+        parameter.grad = delta.double()
+        twin.step()
+        Nesterov(0.7, momentum).apply(theta, delta, buffers)
+    assert_close(theta, parameter.detach())
+
+
+def test_the_update_gives_the_same_bits_wherever_a_span_starts() -> None:
+    """Vector and scalar parts of torch's kernels must agree, or peers could disagree."""
+    torch.manual_seed(0)
+    theta, delta = torch.randn(1001), torch.randn(1001) * 1e-3
+    whole, whole_m = theta.clone(), torch.zeros(1001)
+    for _ in range(3):
+        Nesterov(0.7, 0.9).apply(whole, delta, {"momentum": whole_m})
+    one, one_m = theta.clone(), torch.zeros(1001)
+    for _ in range(3):
+        for at in range(1001):
+            here = slice(at, at + 1)
+            Nesterov(0.7, 0.9).apply(one[here], delta[here], {"momentum": one_m[here]})
+    assert torch.equal(whole, one)
+    assert torch.equal(whole_m, one_m)
+
+
+def test_merge_keeps_a_part_of_the_local_parameters() -> None:
+    def make(model: nn.Module, inner: torch.optim.Optimizer, comm: Any) -> OuterOptimizer:
+        return OuterOptimizer(
+            model, inner, comm, schedule=EveryH(4), update=Nesterov(0.7, 0.6), merge=Mix(0.5)
+        )
+
+    trained = train_all(2, 16, make)
+    expected = reference(2, 4, 4, 0.7, 0.6, alpha=0.5)
+    assert_close(trained[1].theta[-1], expected[-1])
+
+
+def test_mix_and_replace() -> None:
+    local, outer = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
+    assert Replace().mix(local, outer).tolist() == [3.0, 6.0]
+    assert Mix(0.25).mix(local, outer).tolist() == [2.5, 5.0]
+
+
+# --- churn
+
+
+def test_a_newcomer_adopts_state_and_step_and_joins_the_open_round() -> None:
+    run = FakeRun(2)
+    comms = {peer: run.comm(peer) for peer in (1, 2)}
+    reached, joined = threading.Event(), threading.Event()
+
+    def veteran(peer: int) -> Trained:
+        model = make_model(peer)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        out = Trained(DiLoCo(model, inner, comms[peer], sync_every=4), model)
+        for step in range(24):
+            if step == 8:
+                reached.set()
+                assert joined.wait(WAIT_S)
+            loss_of(model, batch(peer, step)).backward()
+            inner.step()
+            inner.zero_grad()
+            if out.outer.step(64):
+                out.digests.append(out.outer.digest())
+        return out
+
+    def newcomer(peer: int) -> Trained:
+        assert reached.wait(WAIT_S)
+        model = make_model(peer)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        comm = run.comm(peer)
+        out = Trained(DiLoCo(model, inner, comm, sync_every=4), model)
+        assert comm.fetches == 1
+        assert out.outer.global_step == 8
+        joined.set()
+        step = 0
+        while out.outer.global_step < 24:
+            loss_of(model, batch(peer, step)).backward()
+            inner.step()
+            inner.zero_grad()
+            step += 1
+            if out.outer.step(64):
+                out.digests.append(out.outer.digest())
+        return out
+
+    done = run_peers(run, [1, 2, 3], lambda p: newcomer(p) if p == 3 else veteran(p))
+    assert done[1].digests == done[2].digests
+    assert done[3].digests == done[1].digests[2:]
+    assert 3 in run.rounds[0, 6].result.contributors
+    assert done[3].outer.global_step == 24
+
+
+def test_a_waived_peer_keeps_its_progress_and_its_tokens() -> None:
+    run = FakeRun(2)
+    comms = {peer: run.comm(peer) for peer in (1, 2)}
+    run.waived.add((2, 1))
+
+    def body(peer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        model = make_model(1)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = DiLoCo(model, inner, comms[peer], sync_every=1)
+        before = flat(model)
+        loss_of(model, batch(peer, 0)).backward()
+        inner.step()
+        progress = flat(model) - before
+        outer.step(tokens=10)
+        theta = outer.fragments[0].theta.double()
+        return flat(model) - theta, progress, outer.fragments[0].tokens
+
+    done = run_peers(run, [1, 2], body)
+    assert run.rounds[0, 1].result.contributors == (1,)
+    ahead, _, tokens = done[1]
+    assert float(ahead.norm()) == 0
+    assert tokens == 0
+    ahead, progress, tokens = done[2]
+    assert_close(ahead, progress, 1e-5)
+    assert tokens == 10
+
+
+def test_a_lost_round_costs_a_fetch_and_no_inner_step() -> None:
+    run = FakeRun(2)
+    for peer in (1, 2):
+        run.comm(peer)
+    run.lost.add((2, 2))
+
+    def body(peer: int) -> tuple[str, int, float]:
+        model = make_model(1)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = DiLoCo(model, inner, run.comms[peer], sync_every=3)
+        ahead, step = 0.0, -1
+        while outer.global_step < 12:  # who was behind may enter a round before its last step
+            step += 1
+            before = flat(model) - outer.fragments[0].theta.double()
+            loss_of(model, batch(peer, step)).backward()
+            inner.step()
+            inner.zero_grad()
+            moved = flat(model) - outer.fragments[0].theta.double() - before
+            outer.step(5)
+            if peer == 2 and step == 5:  # the lost round: ours stays ours
+                drift = flat(model) - outer.fragments[0].theta.double()
+                assert_close(drift, before + moved, 1e-5)
+                assert outer.fragments[0].tokens == 15
+                ahead = float(drift.norm())
+        return outer.digest(), outer.global_step, ahead
+
+    done = run_peers(run, [1, 2], body)
+    assert run.comms[2].fetches == 1
+    assert done[1][:2] == done[2][:2]
+    assert done[1][1] == 12
+    assert done[2][2] > 0
+
+
+# --- any model, any inner optimizer
+
+
+class Odd(nn.Module):
+    """bf16, a tied matrix, a frozen one and one that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5, bias=False)
+        self.second = nn.Linear(5, 5, bias=False)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Parameter(torch.full((5,), 0.5), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.last = nn.Linear(5, 3)
+        self.bfloat16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.second(self.first(x).relu()) * self.frozen)
+        return out
+
+
+def test_bf16_tied_frozen_and_unused_parameters_with_adam() -> None:
+    run = FakeRun(2)
+    comms = {peer: run.comm(peer) for peer in (1, 2)}
+
+    def body(peer: int) -> tuple[str, Odd, OuterOptimizer]:
+        torch.manual_seed(peer)
+        model = Odd()
+        inner = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        outer = DiLoCo(model, inner, comms[peer], sync_every=2)
+        for step in range(6):
+            loss_of(model, batch(peer, step)).backward()
+            inner.step()
+            inner.zero_grad()
+            outer.step()
+        return outer.digest(), model, outer
+
+    done = run_peers(run, [1, 2], body)
+    (one, model, outer), (two, _, _) = done[1], done[2]
+    assert one == two
+    names = [name for fragment in outer.fragments for name in fragment.parameters]
+    assert names == ["unused", "first.weight", "last.weight", "last.bias"]
+    assert model.second.weight is model.first.weight
+    assert model.first.weight.dtype == torch.bfloat16
+    assert model.frozen.tolist() == [0.5] * 5
+    theta = outer.fragments[0].theta
+    assert theta.dtype == torch.float32
+    span = outer.fragments[0].spans["first.weight"]
+    assert torch.equal(model.first.weight.detach().flatten(), theta[span].bfloat16())
+
+
+def test_swapped_shows_the_outer_parameters_and_gives_the_local_ones_back() -> None:
+    run = FakeRun(1)
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = DiLoCo(model, inner, run.comm(1), sync_every=10)
+    theta = flat(model)
+    loss_of(model, batch(1, 0)).backward()
+    inner.step()
+    local = flat(model)
+    with outer.swapped() as shown:
+        assert torch.equal(flat(shown), theta)
+    assert torch.equal(flat(model), local)
+    assert not torch.equal(local, theta)
+
+
+def test_resume_gives_the_same_bits_as_never_stopping() -> None:
+    make = lambda m, o, c: DiLoCo(m, o, c, sync_every=4)  # noqa: E731
+    whole = train_all(1, 16, make)[1]
+
+    run = FakeRun(1)
+    run.comm(1)
+    half = train(run, 1, 8, make)
+    saved = half.outer.state_dict()
+    saved = {**saved, "tensors": {k: t.clone() for k, t in saved["tensors"].items()}}
+    run = FakeRun(1)
+    model = make_model(seed=9)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = DiLoCo(model, inner, run.comm(1), sync_every=4, state=saved)
+    assert outer.global_step == 8
+    for step in range(8, 16):
+        loss_of(model, batch(1, step)).backward()
+        inner.step()
+        inner.zero_grad()
+        outer.step()
+    assert outer.digest() == whole.digests[-1]
+
+
+def test_state_of_another_model_is_refused() -> None:
+    run = FakeRun(1)
+    saved = train_all(1, 4, lambda m, o, c: DiLoCo(m, o, c, sync_every=2))[1].outer.state_dict()
+    model = nn.Linear(2, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(StateError, match="expected"):
+        DiLoCo(model, inner, run.comm(1), state=saved)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    other = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="never be synchronised"):
+        DiLoCo(make_model(), other, FakeRun(1).comm(1))
+
+
+def test_codec_names() -> None:
+    assert CodecChoice.named("int8") == CodecChoice("int8", "int8")
+    assert CodecChoice.named("e2m1+int8") == CodecChoice("e2m1", "int8")
+    with pytest.raises(ConfigError, match="unknown"):
+        CodecChoice.named("f33")
+
+
+def test_schedule_is_a_function_of_the_global_step() -> None:
+    schedule = EveryH(30)
+    sent = [step for step in range(1, 121) if schedule.sends(step)]
+    assert sent == [30, 60, 90, 120]
+    assert [schedule.step_after(0, k) for k in (1, 2, 3, 4)] == sent
+    assert schedule.fragments(["a", "b"]) == [["a", "b"]]
