@@ -165,7 +165,7 @@ def layers() -> list[list[str]]:
     """The lines of docs/architecture.md that name modules, top first: ["decotrain.cli"], ..."""
     found = []
     for line in read(ROOT / "docs/architecture.md").splitlines():
-        if match := re.match(r"    decotrain/(\S+(?:, \w+\.py)*)", line):
+        if match := re.match(r"    decotrain/([^\s,]+(?:, \w+\.py)*)", line):
             parts = [part.strip().removesuffix(".py") for part in match.group(1).split(",")]
             found.append(
                 ["decotrain." + part.strip("/").replace("/", ".") for part in parts if part]
