@@ -1,11 +1,13 @@
 // Lets one header serve g++, nvcc and NVRTC: the arithmetic of a CPU kernel and its CUDA twin is
 // written once. NVRTC has no standard headers, so the few integer types are named here.
+// Static: each file keeps its own copy, or the linker could give a plain CPU one that was compiled
+// for AVX-512 (csrc/simd.h).
 #pragma once
 
 #if defined(__CUDACC__)
-#define DT_HD __host__ __device__ __forceinline__
+#define DT_HD static __host__ __device__ __forceinline__
 #else
-#define DT_HD inline
+#define DT_HD static inline
 #endif
 
 #if defined(__CUDACC_RTC__)

@@ -3,4 +3,9 @@
 
 namespace nb = nanobind;
 
-NB_MODULE(_core, m) { m.doc() = "decotrain's collective core"; }
+void bind_spsa(nb::module_& m);
+
+NB_MODULE(_core, m) {
+  m.doc() = "decotrain's collective core";
+  bind_spsa(m);
+}
