@@ -1,0 +1,284 @@
+"""Every message between peers, coordinator and operators: the specification and its checks.
+
+A message is one msgpack map: `t` names its type, the other keys are the fields of its dataclass,
+all of them, each checked. Anything else is a MessageError: the receiver drops the message and goes
+on. Reports and installs are maps of their own (maps.py). Nothing here knows sockets or what a
+message means; docs/protocol.md does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import msgpack
+
+from decotrain.control import maps
+from decotrain.control.fields import (
+    blob,
+    boolean,
+    integer,
+    mapping,
+    number,
+    optional,
+    record,
+    row,
+    sequence,
+    text,
+    tree,
+    u8,
+    u32,
+    u64,
+    within,
+)
+from decotrain.errors import MessageError
+
+PROTOCOL = 1
+MESSAGE_BYTES_MAX = 16 << 20  # a report names every chunk of every open round
+CONFIG_BYTES_MAX = 256 << 10
+FIGURES_MAX = 32
+PEERS_MAX = 64
+ADDRESSES_MAX = 8
+
+name = text(128, 1)
+note = text(512)
+peer_id = integer(1, 2**64 - 1)
+addresses = sequence(text(256, 1), ADDRESSES_MAX)
+freeze_id = row(u32, u64)
+view_member = row(peer_id, u8, boolean)  # peer, slot, active
+figures = mapping(text(32, 1), lambda value: _figure(value), FIGURES_MAX)
+contact = record(peer=peer_id, name=name, host=text(256), addresses=addresses, key=blob(0, 64))
+
+
+def _figure(value: Any) -> Any:
+    return text(128)(value) if type(value) is str else number(-1e30, 1e30)(value)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Joins, or registers again with a coordinator that does not know us."""
+
+    run: Annotated[str, name]
+    protocol: Annotated[int, u32]
+    peer: Annotated[int, peer_id]
+    name: Annotated[str, name]
+    host: Annotated[str, text(256)]
+    launch: Annotated[str, text(128)]  # who started us, equal for the process that replaces us
+    addresses: Annotated[list[str], addresses]
+    key: Annotated[bytes, blob(0, 64)]  # reserved for the data plane
+    share: Annotated[float, number(0, 1e6)]
+    config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
+    min_peers: Annotated[int, integer(0, PEERS_MAX)]  # 0: no wish
+    term: Annotated[int, u32]  # highest seen
+    view: Annotated[int, u64]  # installed; 0: none yet
+    generation: Annotated[int, u32]
+    members: Annotated[list[list[Any]], sequence(view_member, PEERS_MAX)]  # of that view
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Absolute: what a lost heartbeat said, the next one says again."""
+
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+    term: Annotated[int, u32]
+    view: Annotated[int, u64]
+    current: Annotated[bool, boolean]  # observing, holds the state, asks to be active
+    down: Annotated[list[int], sequence(peer_id, PEERS_MAX)]  # links that are broken
+    routes: Annotated[int, u64]  # number of the route table in use
+    figures: Annotated[dict[str, Any], figures]
+
+
+@dataclass(frozen=True)
+class Report:
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+    freeze: Annotated[list[int], freeze_id]
+    report: Annotated[dict[str, Any], maps.check_report]
+
+
+@dataclass(frozen=True)
+class Ack:
+    """The install is done, or refused (it does not answer our newest freeze)."""
+
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+    view: Annotated[int, u64]
+    done: Annotated[bool, boolean]
+
+
+@dataclass(frozen=True)
+class Leave:
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What our rounds say about others: repeated until a view changes."""
+
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+    view: Annotated[int, u64]
+    kind: Annotated[str, text(32)]  # diverged, late_done, refused, spec_mismatch
+    who: Annotated[int, u64]  # 0: see digests
+    tag: Annotated[int, u32]
+    seq: Annotated[int, u64]
+    digests: Annotated[list[list[int]], sequence(row(u8, u64), PEERS_MAX)]  # slot, digest
+    detail: Annotated[str, note]
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A launcher saw the process end."""
+
+    run: Annotated[str, name]
+    peer: Annotated[int, u64]  # 0: known by host and launch only
+    host: Annotated[str, text(256)]
+    launch: Annotated[str, text(128)]
+    detail: Annotated[str, note]
+
+
+@dataclass(frozen=True)
+class Kick:
+    run: Annotated[str, name]
+    peer: Annotated[int, u64]
+    name: Annotated[str, text(128)]
+    detail: Annotated[str, note]
+
+
+@dataclass(frozen=True)
+class AskStatus:
+    run: Annotated[str, text(128)]  # empty: whatever runs here
+    events_after: Annotated[int, u64]
+
+
+@dataclass(frozen=True)
+class Welcome:
+    run: Annotated[str, name]
+    term: Annotated[int, u32]
+    peer: Annotated[int, peer_id]
+    config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
+    waiting_for: Annotated[int, u32]  # peers still missing before the first view
+
+
+@dataclass(frozen=True)
+class Refuse:
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+    reason: Annotated[str, text(2048, 1)]
+
+
+@dataclass(frozen=True)
+class AskHello:
+    """The coordinator does not know who speaks: register."""
+
+    run: Annotated[str, name]
+    term: Annotated[int, u32]
+    peer: Annotated[int, peer_id]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    run: Annotated[str, name]
+    freeze: Annotated[list[int], freeze_id]
+
+
+@dataclass(frozen=True)
+class Install:
+    run: Annotated[str, name]
+    generation: Annotated[int, u32]
+    install: Annotated[dict[str, Any], maps.check_install]
+    contacts: Annotated[list[dict[str, Any]], sequence(contact, PEERS_MAX)]
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Absolute: to reach peer, send through via."""
+
+    run: Annotated[str, name]
+    term: Annotated[int, u32]
+    number: Annotated[int, u64]
+    routes: Annotated[list[list[int]], sequence(row(peer_id, peer_id), PEERS_MAX)]
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """Final for this peer id: who comes back does so as a newcomer, with a new id."""
+
+    run: Annotated[str, name]
+    peer: Annotated[int, peer_id]
+    reason: Annotated[str, note]
+    again: Annotated[bool, boolean]  # false: do not come back (left, kicked, does not fit)
+
+
+@dataclass(frozen=True)
+class Status:
+    status: Annotated[dict[str, Any], tree(8, 65536)]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Answers an operator's request."""
+
+    ok: Annotated[bool, boolean]
+    detail: Annotated[str, note]
+
+
+KINDS: dict[str, type[Any]] = {
+    "hello": Hello,
+    "heartbeat": Heartbeat,
+    "report": Report,
+    "ack": Ack,
+    "leave": Leave,
+    "suspect": Suspect,
+    "exited": Exited,
+    "kick": Kick,
+    "ask_status": AskStatus,
+    "welcome": Welcome,
+    "refuse": Refuse,
+    "ask_hello": AskHello,
+    "freeze": Freeze,
+    "install": Install,
+    "routes": Routes,
+    "evicted": Evicted,
+    "status": Status,
+    "done": Done,
+}
+_NAMES = {kind: word for word, kind in KINDS.items()}
+_CHECKS = {
+    word: record(
+        **{
+            key: hint.__metadata__[0]
+            for key, hint in get_type_hints(kind, include_extras=True).items()
+        }
+    )
+    for word, kind in KINDS.items()
+}
+
+Message = Any  # one of KINDS
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message. Our own messages pass the same checks as everybody's."""
+    word = _NAMES[type(message)]
+    content = {entry.name: getattr(message, entry.name) for entry in fields(message)}
+    data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
+    assert len(data) <= MESSAGE_BYTES_MAX, f"a {word} of {len(data)} bytes"
+    return data
+
+
+def decode(data: bytes) -> Message:
+    """The message in the bytes; MessageError when there is none."""
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise MessageError(f"a message of {len(data)} bytes; at most {MESSAGE_BYTES_MAX} are taken")
+    try:
+        content = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except Exception as error:  # msgpack documents no common base for what it raises
+        raise MessageError(f"not msgpack: {type(error).__name__}") from None
+    if type(content) is not dict:
+        raise MessageError("not a map")
+    word = content.pop("t", None)
+    if type(word) is not str or word not in KINDS:
+        raise MessageError(f"unknown message type {str(word)[:32]!r}")
+    return KINDS[word](**within(word, _CHECKS[word], content))
