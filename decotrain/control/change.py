@@ -1,0 +1,471 @@
+"""How a view is made: FREEZE, reports, plan, record, INSTALL. The second half of Coordinator.
+
+Pure like coordinator.py, whose state it reads and writes (one object in two files: a view change
+needs to know everybody). The rules V1..V12 it keeps are in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from decotrain.control import messages as m
+from decotrain.control.maps import SLOTS
+from decotrain.control.plan import Candidate, Plan, advance, coverage, make_plan, slots_in_use
+from decotrain.control.record import RecordMember
+
+if TYPE_CHECKING:
+    from decotrain.control.coordinator import Coordinator
+
+_EPOCH_MASK = 2**32 - 1
+_GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
+_NOT_BELIEVED = ("diverged", "unfit")  # whose report no plan is made from
+_NOT_ASKED = ("exited", "kicked", "diverged", "unfit")
+
+
+@dataclass
+class _Freeze:
+    number: tuple[int, int]
+    targets: set[int]
+    started_s: float
+    deadline_s: float
+    sent_s: float
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class _Installing:
+    view: int
+    messages: dict[int, m.Install]
+    started_s: float
+    sent_s: float
+
+
+class Changes:
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.c = coordinator
+        self.number = 0  # of FREEZEs in this term
+        self.freeze: _Freeze | None = None
+        self.installing: _Installing | None = None
+        self.calm_s = 0.0  # no joins or promotions before
+
+    def busy(self) -> bool:
+        return self.freeze is not None
+
+    def phase(self) -> str:
+        if self.c.lost_s is not None:
+            return "rebuilding"
+        if self.freeze is not None:
+            return "freezing"
+        if self.installing is not None:
+            return "installing"
+        if self.c.record.view == 0:
+            return "waiting"
+        return "recovering" if self.c.recovering else "steady"
+
+    def report(self, message: m.Report, now: float) -> None:
+        freeze = self.freeze
+        if freeze is None or tuple(message.freeze) != freeze.number:
+            return
+        if message.peer in freeze.targets:
+            freeze.reports[message.peer] = message.report
+            if self.c.out.get(message.peer, ("",))[0] == "silent":
+                del self.c.out[message.peer]  # V10: a suspect that answers is none
+
+    def advance(self, now: float) -> None:
+        if self.c.lost_s is not None:
+            self._rebuild(now)
+        if self.freeze is None and self._due(now):
+            self._begin(now)
+        if self.freeze is not None:
+            self._collect(self.freeze, now)
+        if self.installing is not None:
+            self._push(self.installing, now)
+
+    # --- when
+
+    def _due(self, now: float) -> bool:
+        c = self.c
+        if c.lost_s is not None:
+            return False
+        if c.record.view == 0:
+            return len(c.peers) >= c.min_peers()
+        if c.recovering:
+            assert c.started_s is not None
+            away = [key for key in c.members() if key not in c.peers and key not in c.out]
+            if away and now - c.started_s < c.options.recover_s:
+                return False
+            return bool(c.peers)
+        if c.due_s is not None and now >= c.due_s:
+            return bool(c.out or c.demoted)
+        if self.installing is not None or now < self.calm_s:
+            return False
+        members = c.members()
+        return any(
+            key not in members
+            or (
+                peer.current
+                and not members[key].active
+                and peer.view == c.record.view
+                and now >= peer.promote_after_s
+            )
+            for key, peer in c.peers.items()
+        )
+
+    # --- FREEZE
+
+    def _begin(self, now: float) -> None:
+        c = self.c
+        c.recovering, c.due_s = False, None
+        for key in c.members():
+            if key not in c.peers:
+                c.leave_out(key, "silent", "not heard since the coordinator started", now)
+        c.due_s = None
+        self.installing = None
+        self.number += 1
+        self.freeze = _Freeze(
+            number=(c.record.term, self.number),
+            targets=set(c.members().keys() | c.peers.keys()),
+            started_s=now,
+            deadline_s=now + c.options.report_timeout_s,
+            sent_s=now,
+        )
+        self._send_freeze(self.freeze)
+
+    def _send_freeze(self, freeze: _Freeze) -> None:
+        c = self.c
+        for key in sorted(freeze.targets - freeze.reports.keys()):
+            if c.out.get(key, ("",))[0] not in _NOT_ASKED:
+                c.send(key, m.Freeze(c.record.run, list(freeze.number)))
+
+    def _collect(self, freeze: _Freeze, now: float) -> None:
+        c = self.c
+        members = c.members()
+        freeze.targets &= members.keys() | c.peers.keys()
+        waiting = {
+            key
+            for key in freeze.targets - freeze.reports.keys()
+            if c.out.get(key, ("left",))[0] == "left"
+        }
+        anchored = any(self._anchors(freeze, member) for member in members.values())
+        late = now >= freeze.deadline_s
+        if (not waiting or late) and (anchored or c.record.view == 0):
+            for key in sorted(waiting):
+                c.leave_out(key, "silent", "no report after a freeze", now)
+            if self._plan(freeze, now):
+                return
+        elif not waiting or late:
+            # No active peer has answered: ask again, suspects too, and in the end go on
+            # from the most advanced of those who live (V10).
+            freeze.targets |= c.peers.keys()
+            hopeless = all(
+                c.out.get(member.peer, ("",))[0] in _NOT_ASKED
+                for member in members.values()
+                if member.active
+            )
+            patient = now - freeze.started_s < c.options.generation_s
+            if (hopeless or not patient) and self._new_generation(freeze, now):
+                return
+        if now - freeze.sent_s >= c.options.resend_s:
+            freeze.sent_s = now
+            self._send_freeze(freeze)
+
+    def _anchors(self, freeze: _Freeze, member: RecordMember) -> bool:
+        """An active peer of the recorded view knows every round that is stable."""
+        kind = self.c.out.get(member.peer, ("",))[0]
+        return member.active and member.peer in freeze.reports and kind not in _NOT_BELIEVED
+
+    # --- the plan
+
+    def _plan(self, freeze: _Freeze, now: float) -> bool:
+        c = self.c
+        members = c.members()
+        if c.record.view == 0:
+            if len(freeze.reports.keys() & c.peers.keys() - c.out.keys()) < c.min_peers():
+                self.freeze = None  # somebody left while we asked: wait for the barrier again
+                return True
+            here = {
+                key: report
+                for key, report in freeze.reports.items()
+                if key in c.peers and key not in c.out
+            }
+            lineage = self._most_advanced(here)[1]
+        else:
+            lineage = {
+                key
+                for key in freeze.reports
+                if key in members and c.out.get(key, ("",))[0] not in _NOT_BELIEVED
+            }
+        candidates = self._candidates(freeze.reports, set(freeze.reports))
+        if not candidates:
+            if c.record.view == 0 or c.peers.keys() - c.out.keys():
+                return False
+            self._record_empty(freeze, now)
+            return True
+        plan = self._make(freeze, candidates, lineage, frozenset(c.demoted))
+        if not plan.active and c.demoted:
+            plan = self._make(freeze, candidates, lineage, frozenset())
+        if not plan.active:
+            return self._new_generation(freeze, now)
+        self._install(freeze, candidates, plan, c.record.generation, now)
+        return True
+
+    def _new_generation(self, freeze: _Freeze, now: float) -> bool:
+        """From the most advanced peer that lives. Agreement starts anew."""
+        c = self.c
+        reports = {
+            key: report
+            for key, report in freeze.reports.items()
+            if key in c.peers and key not in c.out
+        }
+        if not reports:
+            return False
+        survivors = any(report["installed"] for report in reports.values())
+        if not survivors and len(reports) < c.min_peers():
+            return False
+        base, lineage = self._most_advanced(reports)
+        newcomers = {key for key, report in reports.items() if not report["installed"]}
+        candidates = self._candidates(reports, lineage | newcomers)
+        plan = self._make(freeze, candidates, lineage, frozenset())
+        if not plan.active:
+            return False
+        for key in sorted(reports.keys() - lineage - newcomers):
+            c.leave_out(key, "void", "its branch is not the one the run goes on from", now)
+        rounds = ", ".join(
+            f"{tag}/{seq}" for tag, seq in sorted(coverage(reports[base]).items())[:8]
+        )
+        c.log(
+            "generation",
+            f"{c.record.generation + 1}: no active peer is left; goes on from {c.name(base)}, "
+            f"last rounds held: {rounds or 'none'}",
+            now,
+        )
+        self._install(freeze, candidates, plan, c.record.generation + 1, now)
+        return True
+
+    def _most_advanced(self, reports: Mapping[int, dict[str, Any]]) -> tuple[int, set[int]]:
+        """The base of a generation and all peers that hold exactly the same."""
+        base = max(sorted(reports), key=lambda key: advance(reports[key]))
+        same = {
+            key
+            for key, report in reports.items()
+            if coverage(report) == coverage(reports[base])
+            and report["installed"] == reports[base]["installed"]
+            and not _contradicts(report, reports[base])
+        }
+        return base, same
+
+    def _candidates(self, reports: Mapping[int, dict[str, Any]], able: set[int]) -> list[Candidate]:
+        c = self.c
+        members = c.members()
+        taken = slots_in_use(reports)
+        for member in members.values():
+            taken |= 1 << member.slot
+        free = [slot for slot in range(SLOTS) if not taken >> slot & 1]
+        used = {slot: age for age, slot in enumerate(c.record.slots_used)}
+        free.sort(key=lambda slot: (used.get(slot, -1), slot))
+        candidates = []
+        for key in sorted(able, key=lambda key: (key not in members, self._joined(key))):
+            if key in c.out or key not in c.peers or key not in reports:
+                continue
+            slot = members[key].slot if key in members else free.pop(0) if free else None
+            if slot is not None:  # else it waits for a slot
+                candidates.append(Candidate(key, slot, c.peers[key].hello.share))
+        return candidates
+
+    def _joined(self, key: int) -> tuple[float, int]:
+        peer = self.c.peers.get(key)
+        return (peer.joined_s if peer else 0.0, key)
+
+    def _make(
+        self,
+        freeze: _Freeze,
+        candidates: list[Candidate],
+        lineage: set[int],
+        demoted: frozenset[int],
+    ) -> Plan:
+        record = self.c.record
+        view = record.term << 32 | record.epoch + 1
+        reports = {
+            key: report
+            for key, report in sorted(freeze.reports.items())
+            if key in lineage or any(one.peer == key for one in candidates)
+        }
+        return make_plan(view, freeze.number, candidates, reports, lineage, demoted)
+
+    # --- INSTALL
+
+    def _record_empty(self, freeze: _Freeze, now: float) -> None:
+        """Everybody left: the run sleeps until somebody comes."""
+        self._settle([], set(), self.c.record.generation, now)
+        self.c.log("view", "nobody is left in the run", now)
+        self.freeze = None
+
+    def _settle(
+        self, candidates: list[Candidate], active: set[int], generation: int, now: float
+    ) -> None:
+        """Writes the view to the record, before anybody hears of it."""
+        c = self.c
+        members = []
+        for one in sorted(candidates, key=lambda one: one.slot):
+            hello = c.peers[one.peer].hello
+            members.append(
+                RecordMember(
+                    peer=one.peer,
+                    slot=one.slot,
+                    active=one.peer in active,
+                    share=one.share,
+                    name=hello.name,
+                    host=hello.host,
+                    launch=hello.launch,
+                    addresses=hello.addresses,
+                    key=hello.key,
+                )
+            )
+        stay = {member.slot for member in members}
+        freed = [member.slot for member in c.record.members if member.slot not in stay]
+        used = [slot for slot in c.record.slots_used if slot not in freed] + freed
+        before = c.members()
+        c.persist(
+            replace(
+                c.record,
+                generation=generation,
+                epoch=c.record.epoch + 1,
+                view=c.record.term << 32 | c.record.epoch + 1,
+                members=tuple(members),
+                slots_used=tuple(used),
+            )
+        )
+        for key in sorted((before.keys() | c.out.keys()) - {member.peer for member in members}):
+            kind, reason = c.out.pop(key, ("silent", "did not answer"))
+            again = kind not in _GOES_FOR_GOOD
+            c.gone.add(key, reason, again)
+            c.peers.pop(key, None)
+            c.send(key, m.Evicted(c.record.run, key, reason, again))
+        c.demoted.clear()
+
+    def _install(
+        self,
+        freeze: _Freeze,
+        candidates: list[Candidate],
+        plan: Plan,
+        generation: int,
+        now: float,
+    ) -> None:
+        c = self.c
+        active = set(plan.active)
+        for demoted in c.demoted:
+            if demoted in c.peers:
+                c.peers[demoted].promote_after_s = now + c.options.promote_retry_s
+        self._settle(candidates, active, generation, now)
+        for conflict in plan.conflicts:
+            c.log("conflict", conflict, now)
+        contacts = [
+            {
+                "peer": member.peer,
+                "name": member.name,
+                "host": member.host,
+                "addresses": member.addresses,
+                "key": member.key,
+            }
+            for member in c.record.members
+        ]
+        message = m.Install(c.record.run, generation, plan.install, contacts)
+        self.freeze = None
+        self.installing = _Installing(
+            c.record.view, {one.peer: message for one in candidates}, now, now
+        )
+        for one in candidates:
+            c.send(one.peer, message)
+            peer = c.peers[one.peer]
+            if peer.current and one.peer not in active:
+                peer.promote_after_s = now + c.options.promote_retry_s
+            peer.current = False
+        c.log(
+            "view",
+            f"{c.record.term}.{c.record.epoch}: {len(active)} active, "
+            f"{len(candidates) - len(active)} observing, {len(plan.install['rounds'])} open rounds",
+            now,
+        )
+
+    def _push(self, installing: _Installing, now: float) -> None:
+        """INSTALL until acknowledged (V7)."""
+        c = self.c
+        waiting = [
+            key
+            for key in sorted(installing.messages)
+            if key in c.peers and c.peers[key].view < installing.view and key not in c.out
+        ]
+        if not waiting:
+            self.installing = None
+            self.calm_s = now + c.options.calm_s
+            return
+        if now - installing.started_s > c.options.install_timeout_s:
+            for key in waiting:
+                c.leave_out(key, "stuck", "does not install the view", now)
+        elif now - installing.sent_s >= c.options.resend_s:
+            installing.sent_s = now
+            for key in waiting:
+                c.send(key, installing.messages[key])
+
+    # --- a lost record
+
+    def _rebuild(self, now: float) -> None:
+        """Takes over the last view from its members when the record lacks it."""
+        c = self.c
+        assert c.lost_s is not None
+        views = [peer.hello for peer in c.peers.values() if peer.hello.view > c.record.view]
+        if not views:
+            c.lost_s = None
+            return
+        last = max(views, key=lambda hello: (hello.view, hello.peer))
+        members = {peer: (slot, active) for peer, slot, active in last.members}
+        here = [key for key in members if key in c.peers and c.peers[key].hello.view]
+        waited = now - c.lost_s >= c.options.recover_s
+        enough = 2 * len(here) > len(members) or c.options.recover_minority
+        if len(here) < len(members) and not (waited and enough):
+            return
+        rebuilt = []
+        for key, (slot, active) in sorted(members.items(), key=lambda item: item[1][0]):
+            hello = c.peers[key].hello if key in c.peers else None
+            rebuilt.append(
+                RecordMember(
+                    peer=key,
+                    slot=slot,
+                    active=active,
+                    share=hello.share if hello else 1.0,
+                    name=hello.name if hello else "?",
+                    host=hello.host if hello else "",
+                    launch=hello.launch if hello else "",
+                    addresses=hello.addresses if hello else [],
+                    key=hello.key if hello else b"",
+                )
+            )
+        c.lost_s = None
+        c.recovering = True
+        term = max([c.record.term, *(peer.hello.term + 1 for peer in c.peers.values())])
+        c.persist(
+            replace(
+                c.record,
+                term=term,
+                view=last.view,
+                epoch=last.view & _EPOCH_MASK,
+                generation=last.generation,
+                members=tuple(rebuilt),
+            )
+        )
+        c.log("rebuilt", f"the record, from {len(here)} of {len(members)} peers", now)
+        for key, peer in list(c.peers.items()):
+            if key not in members and peer.hello.view:
+                c.leave_out(key, "void", "it is not in the last view", now)
+
+
+def _contradicts(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True when both remember a round with different digests."""
+    known = {(tag["tag"], seq): digest for tag in other["tags"] for seq, digest in tag["stable"]}
+    return any(
+        known.get((tag["tag"], seq), digest) != digest
+        for tag in one["tags"]
+        for seq, digest in tag["stable"]
+    )

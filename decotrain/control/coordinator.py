@@ -1,0 +1,437 @@
+"""The coordinator as a pure state machine: who is in the run, and in which view.
+
+`step(event, now)` takes a message or the passing of time and gives effects, to be carried out in
+order: a record is durable before a message that depends on it leaves (V8). It opens no socket,
+reads no clock and knows no tensors. How a view is made (FREEZE, plan, INSTALL) is in change.py;
+this file admits, listens, suspects and decides that a change is due.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+from decotrain.control import messages as m
+from decotrain.control.change import Changes
+from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
+from decotrain.control.record import Record, RecordMember
+from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
+
+STALL_S = 1.0  # between two steps: then it was we who slept, not the peers
+EVENTS_MAX = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    run: str = "default"
+    config: dict[str, Any] | None = None  # None: the first peer that brings one decides
+    min_peers: int | None = None  # of the first view; None: what the peers ask for
+    token: bytes = b""  # fingerprint
+    recover_minority: bool = False  # rebuild a lost record from fewer than a majority
+    suspect_timeout_s: float = 3.0  # without heartbeat
+    report_timeout_s: float = 3.0  # without report after a FREEZE
+    install_timeout_s: float = 6.0  # without ack of an INSTALL
+    resend_s: float = 0.3
+    batch_s: float = 0.02  # reasons that come together share a view
+    calm_s: float = 0.2  # between views that only admit or promote
+    promote_retry_s: float = 1.0
+    recover_s: float = 5.0  # a coordinator that starts waits so long for recorded peers
+    generation_s: float = 6.0  # without report of an active peer: open a new generation
+    link_bound_s: float = 3.0  # a broken link that nobody can relay
+
+
+class Coordinator:
+    def __init__(self, options: Options, record: Record | None) -> None:
+        if record is not None and record.run != options.run:
+            raise ValueError(f"the record is of run {record.run!r}, not {options.run!r}")
+        # durable
+        self.record = record or Record(run=options.run, config=options.config, token=options.token)
+        # volatile
+        self.peers: dict[int, Peer] = {}
+        self.gone = Gone()
+        self.out: dict[int, tuple[str, str]] = {}  # members to leave out: kind, reason
+        self.demoted: dict[int, str] = {}  # active members to observe
+        self.due_s: float | None = None  # a change that cannot wait is due
+        self.effects: list[Any] = []
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_MAX)
+        self.event_count = 0
+        self.started_s: float | None = None
+        self.stepped_s = 0.0
+        self.stopped = False
+        self.recovering = self.record.view != 0  # FREEZE first, when its peers are back
+        self.lost_s: float | None = None  # since when peers of an unrecorded view are heard
+        self.broken_s: dict[tuple[int, int], float] = {}
+        self.routes: dict[int, dict[int, int]] = {}
+        self.routes_number = 0
+        # configuration
+        self.options = options
+        self.changes = Changes(self)
+
+    # --- in and out
+
+    def step(self, event: Received | Tick, now: float) -> list[Any]:
+        if self.stopped:
+            return []
+        self.effects = []
+        if self.started_s is None:
+            self.started_s = self.stepped_s = now
+            self.persist(self.record.next_term())
+            self.log("started", f"run {self.record.run}, term {self.record.term}", now)
+        elif now - self.stepped_s > STALL_S:
+            for peer in self.peers.values():
+                peer.heard_s += now - self.stepped_s
+        self.stepped_s = now
+        if isinstance(event, Received):
+            self._receive(event.source, event.message, now)
+        if not self.stopped:
+            self._suspect_silent(now)
+            self._relay(now)
+            self.changes.advance(now)
+        return self.effects
+
+    def send(self, peer: int, message: Any) -> None:
+        self.effects.append(Send(identity(peer), message))
+
+    def persist(self, record: Record) -> None:
+        self.record = record
+        self.effects.append(Persist(record))
+
+    def log(self, kind: str, text: str, now: float) -> None:
+        self.event_count += 1
+        self.events.append({"n": self.event_count, "at_s": now, "kind": kind, "text": text[:512]})
+        self.effects.append(Log(kind, text))
+
+    def members(self) -> dict[int, RecordMember]:
+        return {member.peer: member for member in self.record.members}
+
+    # --- messages
+
+    def _receive(self, source: bytes, message: Any, now: float) -> None:
+        if isinstance(message, m.AskStatus):
+            if message.run in ("", self.record.run):
+                self.effects.append(Send(source, m.Status(self.status(now, message.events_after))))
+            return
+        if message.run != self.record.run:
+            if isinstance(message, m.Hello):
+                reason = f"this is run {self.record.run!r}, not {message.run!r}: use the address"
+                reason += " of that run's coordinator, or give the other run name"
+                self._refuse(source, message, reason, now)
+            return
+        if isinstance(message, m.Exited):
+            self._exited(source, message, now)
+        elif isinstance(message, m.Kick):
+            self._kick(source, message, now)
+        elif isinstance(message, m.Hello):
+            if source == identity(message.peer):
+                self._hello(source, message, now)
+        elif source == identity(message.peer):
+            self._from_peer(message, now)
+
+    def _from_peer(self, message: Any, now: float) -> None:
+        peer = self.peers.get(message.peer)
+        if peer is None:
+            gone = self.gone.get(message.peer)
+            if gone is None:
+                self.send(message.peer, m.AskHello(self.record.run, self.record.term, message.peer))
+            else:
+                self.send(message.peer, m.Evicted(self.record.run, message.peer, *gone))
+            return
+        peer.heard_s = now
+        if isinstance(message, m.Heartbeat):
+            self._heartbeat(peer, message, now)
+        elif isinstance(message, m.Report):
+            self.changes.report(message, now)
+        elif isinstance(message, m.Ack):
+            if message.done:
+                peer.view = max(peer.view, message.view)
+        elif isinstance(message, m.Leave):
+            self.leave_out(message.peer, "left", "left", now)
+        elif isinstance(message, m.Suspect):
+            self._accused(peer, message, now)
+
+    def _heartbeat(self, peer: Peer, message: m.Heartbeat, now: float) -> None:
+        if message.term > self.record.term:
+            self._higher_term(peer, message.term)
+            return
+        peer.view = max(peer.view, message.view)
+        peer.current = message.current
+        peer.down = tuple(message.down)
+        peer.routes = message.routes
+        peer.figures = message.figures
+        if self.out.get(message.peer, ("",))[0] == "silent":
+            del self.out[message.peer]  # it was only slow
+
+    def _higher_term(self, peer: Peer, term: int) -> None:
+        """Somebody else coordinates, or did while our record was away."""
+        if self.changes.number == 0:
+            self.persist(replace(self.record, term=term + 1))
+            return
+        self.stopped = True
+        self.effects.append(Stop(f"{peer.name} knows term {term}, ours is {self.record.term}"))
+
+    # --- admission
+
+    def _hello(self, source: bytes, hello: m.Hello, now: float) -> None:
+        gone = self.gone.get(hello.peer)
+        if gone is not None:
+            self.send(hello.peer, m.Evicted(self.record.run, hello.peer, *gone))
+            return
+        misfit = self._misfit(hello)
+        if misfit is not None:
+            self._refuse(source, hello, misfit, now)
+            return
+        member = hello.peer in self.members()
+        stale = hello.view > self.record.view and self.changes.number == 0
+        if hello.view and not member and not stale:
+            reason = "the run has gone on without it"
+            self.gone.add(hello.peer, reason, True)
+            self.send(hello.peer, m.Evicted(self.record.run, hello.peer, reason, True))
+            return
+        if self.record.config is None and hello.config is not None:
+            self.persist(replace(self.record, config=hello.config))
+        peer = self.peers.get(hello.peer)
+        if peer is None:
+            peer = self.peers[hello.peer] = Peer(hello=hello, heard_s=now, joined_s=now)
+            self._replaces(hello, now)
+            self.log("joined", f"{peer.name} from {hello.host or 'an unknown host'}", now)
+        peer.hello, peer.heard_s = hello, now
+        peer.view = max(peer.view, hello.view)
+        if stale and self.lost_s is None:
+            self.lost_s = now
+        if hello.term > self.record.term:
+            self._higher_term(peer, hello.term)
+        missing = 0 if self.record.view else max(0, self.min_peers() - len(self.peers))
+        self.send(
+            hello.peer,
+            m.Welcome(self.record.run, self.record.term, hello.peer, self.record.config, missing),
+        )
+
+    def _misfit(self, hello: m.Hello) -> str | None:
+        if hello.protocol != m.PROTOCOL:
+            return (
+                f"the coordinator speaks protocol {m.PROTOCOL}, this peer {hello.protocol}:"
+                " install the same version of decotrain on both"
+            )
+        if hello.config is not None and self.record.config is not None:
+            odd = config_misfit(self.record.config, hello.config)
+            if odd is not None:
+                return f"the configuration does not fit the run's: {odd}"
+        if hello.peer not in self.peers and len(self.peers) >= m.PEERS_MAX:
+            return f"the run is full: {m.PEERS_MAX} peers"
+        return None
+
+    def _refuse(self, source: bytes, hello: m.Hello, reason: str, now: float) -> None:
+        self.log("refused", f"{hello.name}: {reason}", now)
+        self.effects.append(Send(source, m.Refuse(hello.run, hello.peer, reason[:2048])))
+
+    def _replaces(self, hello: m.Hello, now: float) -> None:
+        """The process that took the place of another one proves that one's end."""
+        if not hello.launch:
+            return
+        for peer in list(self.known()):
+            if peer != hello.peer and self.origin(peer) == (hello.host, hello.launch):
+                self.leave_out(peer, "exited", "replaced by a new incarnation", now)
+
+    def known(self) -> set[int]:
+        return self.peers.keys() | self.members().keys()
+
+    def origin(self, peer: int) -> tuple[str, str]:
+        if peer in self.peers:
+            return self.peers[peer].hello.host, self.peers[peer].hello.launch
+        member = self.members()[peer]
+        return member.host, member.launch
+
+    def min_peers(self) -> int:
+        if self.options.min_peers is not None:
+            return max(1, self.options.min_peers)
+        return max([1, *(peer.hello.min_peers for peer in self.peers.values())])
+
+    # --- leaving out
+
+    def leave_out(self, peer: int, kind: str, reason: str, now: float) -> None:
+        """kind: left, exited, kicked, diverged, unfit (at once); silent (until it talks)."""
+        if peer not in self.members():
+            if self.peers.pop(peer, None) is not None and kind != "silent":
+                self.gone.add(peer, reason, kind not in ("left", "kicked"))
+                self.send(peer, m.Evicted(self.record.run, peer, reason, kind not in ("left",
+                          "kicked")))  # fmt: skip
+            return
+        before = self.out.get(peer)
+        if before is not None and before[0] != "silent":
+            return
+        self.out[peer] = (kind, reason)
+        if before is None:
+            self.due_s = now + self.options.batch_s if self.due_s is None else self.due_s
+            self.log("left" if kind == "left" else "suspected", f"{self.name(peer)}: {reason}", now)
+
+    def name(self, peer: int) -> str:
+        if peer in self.peers:
+            return self.peers[peer].name
+        member = self.members().get(peer)
+        return f"{member.name} ({peer:016x})" if member else f"{peer:016x}"
+
+    def _exited(self, source: bytes, message: m.Exited, now: float) -> None:
+        found = [
+            peer
+            for peer in sorted(self.known())
+            if peer == message.peer
+            or (not message.peer and message.launch
+                and self.origin(peer) == (message.host, message.launch))
+        ]  # fmt: skip
+        for peer in found:
+            self.leave_out(peer, "exited", message.detail or "its process ended", now)
+        detail = f"{len(found)} peers left out"
+        self.effects.append(Send(source, m.Done(bool(found), detail)))
+
+    def _kick(self, source: bytes, message: m.Kick, now: float) -> None:
+        found = [
+            peer
+            for peer in sorted(self.known())
+            if peer == message.peer or (message.name and self.name(peer).startswith(message.name))
+        ]
+        if len(found) == 1:
+            reason = message.detail or "left out by an operator"
+            self.leave_out(found[0], "kicked", reason, now)
+        self.effects.append(Send(source, m.Done(len(found) == 1, f"{len(found)} peers match")))
+
+    def _suspect_silent(self, now: float) -> None:
+        timeout_s = self.options.suspect_timeout_s
+        doubted = {other for peer in self.peers.values() for other in peer.down}
+        for key, peer in list(self.peers.items()):
+            bound_s = timeout_s / 2 if key in doubted else timeout_s
+            if now - peer.heard_s > bound_s:
+                self.leave_out(key, "silent", f"not heard for {now - peer.heard_s:.1f} s", now)
+
+    def _accused(self, peer: Peer, message: m.Suspect, now: float) -> None:
+        """What rounds say about others. Stale once the view has changed."""
+        members = self.members()
+        accuser = members.get(message.peer)
+        if accuser is None or message.view != self.record.view or self.changes.busy():
+            return
+        if message.kind == "diverged":
+            self._diverged(message, now)
+            return
+        accused = members.get(message.who)
+        if accused is None or accused.peer in self.demoted or accused.peer in self.out:
+            return
+        # Two that accuse each other: the word of the lower slot stands.
+        if accuser.peer in self.demoted or accuser.peer in self.out:
+            return
+        detail = f"{message.kind} in round {message.tag}/{message.seq}, says {peer.name}"
+        if message.kind == "late_done" and accused.active:
+            active = [one for one in self.record.members if one.active]
+            if len(active) - len(self.demoted) > 1:
+                self.demoted[accused.peer] = detail
+                self.due_s = now + self.options.batch_s
+                self.log("demoted", f"{self.name(accused.peer)}: {detail}", now)
+        elif message.kind == "spec_mismatch" and accuser.slot < accused.slot:
+            self.leave_out(accused.peer, "unfit", f"another round specification: {detail}", now)
+        elif message.kind == "refused":
+            self.log("refused", f"{self.name(accused.peer)}: {message.detail}", now)
+
+    def _diverged(self, message: m.Suspect, now: float) -> None:
+        """The minority goes; in a tie the digest of the lowest slot stands."""
+        slots = {member.slot: member for member in self.record.members if member.active}
+        said = [(slot, digest) for slot, digest in sorted(message.digests) if slot in slots]
+        count: dict[int, int] = {}
+        for _, digest in said:
+            count[digest] = count.get(digest, 0) + 1
+        if len(count) < 2:
+            return
+        best = max(count, key=lambda digest: (count[digest], -_first(said, digest)))
+        for slot, digest in said:
+            if digest != best:
+                reason = f"its bits diverged in round {message.tag}/{message.seq}"
+                self.leave_out(slots[slot].peer, "diverged", reason, now)
+
+    # --- links
+
+    def _relay(self, now: float) -> None:
+        """Frames between two live peers whose link is broken travel through a third (V12)."""
+        here = [key for key in sorted(self.peers) if key in self.members() and key not in self.out]
+        edges = broken_edges({key: self.peers[key].down for key in here})
+        for edge in sorted(edges - self.broken_s.keys()):
+            self.broken_s[edge] = now
+            self.log("link", f"{self.name(edge[0])} - {self.name(edge[1])} is broken", now)
+        for edge in sorted(self.broken_s.keys() - edges):
+            del self.broken_s[edge]
+        alive = {
+            edge
+            for edge in edges
+            if all(self.peers[end].heard_s > self.broken_s[edge] for end in edge)
+        }
+        routes, stuck = relays(alive, here)
+        if routes != self.routes:
+            self.routes = routes
+            self.routes_number += 1
+            for key in here:
+                self._send_routes(key)
+        elif self.routes_number:
+            for key in here:
+                peer = self.peers[key]
+                if peer.routes != self.routes_number and peer.heard_s == now:
+                    self._send_routes(key)
+        for edge in stuck:
+            if now - self.broken_s[edge] > self.options.link_bound_s:
+                members = self.members()
+                worst = max(edge, key=lambda key: (not members[key].active, members[key].slot))
+                other = edge[0] if worst == edge[1] else edge[1]
+                reason = f"no link to {self.name(other)}, and nobody to relay"
+                self.leave_out(worst, "unfit", reason, now)
+
+    def _send_routes(self, key: int) -> None:
+        table = sorted(self.routes.get(key, {}).items())
+        self.send(
+            key,
+            m.Routes(
+                self.record.run, self.record.term, self.routes_number, [list(r) for r in table]
+            ),
+        )
+
+    # --- operators
+
+    def status(self, now: float, events_after: int = 0) -> dict[str, Any]:
+        members = self.members()
+        peers = []
+        for key in sorted(self.known(), key=lambda k: (members[k].slot if k in members else 64, k)):
+            member, peer = members.get(key), self.peers.get(key)
+            peers.append(
+                {
+                    "peer": f"{key:016x}",
+                    "name": peer.hello.name if peer else member.name if member else "",
+                    "host": self.origin(key)[0],
+                    "slot": member.slot if member else None,
+                    "role": "joining" if not member else "active" if member.active else "observing",
+                    "state": self._state(key),
+                    "silent_s": now - peer.heard_s if peer else None,
+                    "installed": bool(peer and peer.view == self.record.view),
+                    "links_down": [f"{other:016x}" for other in peer.down] if peer else [],
+                    "figures": dict(peer.figures) if peer else {},
+                }
+            )
+        return {
+            "run": self.record.run,
+            "generation": self.record.generation,
+            "term": self.record.term,
+            "epoch": self.record.epoch,
+            "phase": self.changes.phase(),
+            "waiting_for": 0 if self.record.view else max(0, self.min_peers() - len(self.peers)),
+            "peers": peers,
+            "routes": [
+                [f"{a:016x}", f"{b:016x}", f"{via:016x}"]
+                for a, row in sorted(self.routes.items())
+                for b, via in sorted(row.items())
+                if a < b
+            ],
+            "events": [event for event in self.events if event["n"] > events_after],
+        }
+
+    def _state(self, key: int) -> str:
+        if key in self.out:
+            return f"leaving out: {self.out[key][1]}"
+        return "here" if key in self.peers else "away"
+
+
+def _first(said: list[tuple[int, int]], digest: int) -> int:
+    return next(slot for slot, other in said if other == digest)

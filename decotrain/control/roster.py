@@ -1,0 +1,120 @@
+"""Whom the coordinator knows: peers that talk to it, and those that are gone for good.
+
+Also the two decisions that are functions of what peers say: does a configuration fit, and through
+whom a broken link is relayed. It decides no view.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from decotrain.control import messages as m
+
+GONE_MAX = 4096
+
+
+@dataclass
+class Peer:
+    """A process that said hello and is not gone."""
+
+    hello: m.Hello
+    heard_s: float
+    joined_s: float
+    view: int = 0  # installed, as its last message said
+    current: bool = False
+    promote_after_s: float = 0.0
+    down: tuple[int, ...] = ()
+    routes: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.hello.name} ({self.hello.peer:016x})"
+
+
+class Gone:
+    """Peer ids that never come back: an id is used once (V11). Bounded."""
+
+    def __init__(self) -> None:
+        self._reasons: OrderedDict[int, tuple[str, bool]] = OrderedDict()
+
+    def add(self, peer: int, reason: str, again: bool) -> None:
+        self._reasons[peer] = (reason, again)
+        while len(self._reasons) > GONE_MAX:
+            self._reasons.popitem(last=False)
+
+    def get(self, peer: int) -> tuple[str, bool] | None:
+        return self._reasons.get(peer)
+
+
+def config_misfit(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Which keys differ, with both values; None when the configurations are equal."""
+    run, peer = _flat(ours), _flat(theirs)
+    odd = [key for key in sorted(run.keys() | peer.keys()) if run.get(key) != peer.get(key)]
+    if not odd:
+        return None
+    shown = [
+        f"{key}: the run has {_short(run.get(key))}, this peer {_short(peer.get(key))}"
+        for key in odd[:4]
+    ]
+    more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+    return "; ".join(shown) + more
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:80]
+
+
+Edge = tuple[int, int]  # peers, lower id first
+
+
+def broken_edges(down: Mapping[int, Iterable[int]]) -> set[Edge]:
+    """Links that one of their ends calls broken, both ends being in the map."""
+    return {
+        (min(peer, other), max(peer, other))
+        for peer, others in down.items()
+        for other in others
+        if other in down and other != peer
+    }
+
+
+def relays(edges: set[Edge], peers: Iterable[int]) -> tuple[dict[int, dict[int, int]], list[Edge]]:
+    """Routes {peer: {other: via}} around broken links, and links nobody can relay.
+
+    The relay with the least load whose own links to both ends work; ties by id, so that the same
+    facts give the same routes.
+    """
+    everybody = sorted(peers)
+    load = dict.fromkeys(everybody, 0)
+    routes: dict[int, dict[int, int]] = {}
+    stuck: list[Edge] = []
+    for edge in sorted(edges):
+        a, b = edge
+        able = [
+            via
+            for via in everybody
+            if via not in edge
+            and (min(a, via), max(a, via)) not in edges
+            and (min(b, via), max(b, via)) not in edges
+        ]
+        if not able:
+            stuck.append(edge)
+            continue
+        via = min(able, key=lambda one: (load[one], one))
+        load[via] += 1
+        routes.setdefault(a, {})[b] = via
+        routes.setdefault(b, {})[a] = via
+    return routes, stuck

@@ -1,0 +1,350 @@
+"""Membership under a virtual clock: who is in the view, after what, and how soon."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from decotrain.control import messages as m
+from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
+
+from tests.control.fakes import World, empty_report
+
+
+def three(**options: object) -> World:
+    world = World(min_peers=3, **options)
+    for peer in (1, 2, 3):
+        world.add(peer)
+    world.run(1.0)
+    assert world.agreed() == (1, 2, 3)
+    return world
+
+
+def test_the_first_view_waits_for_min_peers() -> None:
+    world = World(min_peers=3)
+    world.add(1)
+    world.add(2)
+    world.run(3.0)
+    assert all(view == 0 for view, _ in world.views().values())
+    world.add(3)
+    world.run(0.5)
+    assert world.agreed() == (1, 2, 3)
+    assert all(row[2] for row in world.peers[1].member.members)
+    assert [row[1] for row in world.peers[1].member.members] == [0, 1, 2]
+
+
+def test_a_process_exit_seen_by_a_launcher_is_acted_on_at_once() -> None:
+    world = three()
+    world.peers[2].alive = False
+    world.ask(m.Exited("default", 2, "", "", "exit code -9"))
+    world.run(0.4)
+    assert world.agreed() == (1, 3)
+    assert world.answers == [m.Done(True, "1 peers left out")]
+
+
+def test_a_silent_peer_is_left_out_within_the_bound() -> None:
+    world = three()
+    world.peers[3].alive = False
+    world.run(2.0)
+    assert world.agreed() == (1, 2, 3)
+    world.run(1.8)
+    assert world.agreed() == (1, 2)
+
+
+def test_a_silent_peer_whose_links_are_dead_is_left_out_sooner() -> None:
+    world = three()
+    world.peers[3].alive = False
+    for other in (1, 2):
+        world.step(world.peers[other], Link(3, up=False))
+    world.run(2.4)
+    assert world.agreed() == (1, 2)
+
+
+def test_a_clean_leave_takes_no_timeout() -> None:
+    world = three()
+    world.step(world.peers[1], AskLeave())
+    world.run(0.4)
+    assert world.agreed() == (2, 3)
+    assert [told.kind for told in world.peers[1].told][-1] == "evicted"
+    assert not world.peers[1].told[-1].again
+
+
+def test_a_newcomer_observes_until_its_report_covers_what_is_stable() -> None:
+    world = three()
+    stable = {"tag": 5, "state": True, "covered": 7, "stable": [[7, 99]]}
+    for peer in world.peers.values():
+        peer.report = {**empty_report(0), "declared": True, "tags": [stable]}
+    late = world.add(4)
+    world.run(1.0)
+    assert world.agreed() == (1, 2, 3, 4)
+    assert not late.member.active
+    world.step(late, Current(True))  # claims without holding it: the report decides (V4)
+    world.run(3.0)
+    assert not late.member.active
+    late.report = world.peers[1].report
+    world.step(late, Current(True))
+    world.run(3.0)
+    assert late.member.active
+
+
+def test_joins_that_come_together_share_a_view() -> None:
+    world = three()
+    epoch = world.record.epoch
+    for peer in (4, 5, 6):
+        world.add(peer)
+    world.run(2.0)
+    assert world.agreed() == (1, 2, 3, 4, 5, 6)
+    assert world.record.epoch <= epoch + 2
+
+
+def test_a_coordinator_restart_raises_the_term_and_freezes_first() -> None:
+    world = three()
+    term, view = world.record.term, world.record.view
+    world.kill_coordinator()
+    world.run(2.0)
+    world.start()
+    world.run(2.0)
+    assert world.record.term == term + 1
+    assert world.agreed() == (1, 2, 3)
+    assert world.record.view > view
+    assert world.record.view >> 32 == term + 1
+
+
+def test_a_lost_record_is_rebuilt_from_the_peers() -> None:
+    world = three()
+    term = world.record.term
+    world.kill_coordinator()
+    world.record = None
+    world.start()
+    world.run(3.0)
+    assert world.agreed() == (1, 2, 3)
+    assert world.record.term > term
+    assert [member.slot for member in world.record.members] == [0, 1, 2]
+
+
+def test_a_lost_record_is_not_rebuilt_from_a_minority_unless_told_so() -> None:
+    for minority in (False, True):
+        world = three(recover_minority=minority)
+        before = world.record.view
+        world.kill_coordinator()
+        world.record = None
+        world.peers[1].alive = world.peers[2].alive = False
+        world.start()
+        world.run(20.0)
+        assert world.peers[3].member.view > before if minority else (
+            world.peers[3].member.view == before
+        )  # fmt: skip
+
+
+def test_an_older_record_takes_the_term_and_view_of_the_peers() -> None:
+    world = three()
+    old = world.record
+    world.peers[1].alive = False
+    world.run(5.0)
+    world.kill_coordinator()
+    world.start()
+    world.run(3.0)
+    newest = world.record
+    world.kill_coordinator()
+    world.record = old
+    world.start()
+    world.run(10.0)
+    assert world.record.term > newest.term
+    assert world.agreed() == (2, 3)
+
+
+def test_two_coordinators_the_one_with_the_lower_term_stops() -> None:
+    world = three()
+    assert world.coordinator is not None
+    old = world.coordinator
+    world.kill_coordinator()
+    world.start()
+    world.run(3.0)
+    world.coordinator = old
+    world.run(2.0)
+    assert world.coordinator is None
+
+
+def test_all_dead_and_new_ones_come_opens_a_generation() -> None:
+    world = three()
+    for key in (1, 2, 3):
+        world.peers[key].alive = False
+    for key in (11, 12):
+        world.add(key)
+    world.run(20.0)
+    assert world.record.generation == 0, "fewer than min_peers newcomers do not resume a run"
+    world.add(13)
+    world.run(5.0)
+    assert world.record.generation == 1
+    assert world.agreed() == (11, 12, 13)
+
+
+def test_the_only_active_peer_falsely_suspected_is_asked_again() -> None:
+    world = World(min_peers=1)
+    world.add(1)
+    world.run(1.0)
+    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
+    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
+    world.add(2)
+    world.run(1.0)
+    assert world.agreed() == (1, 2)
+    world.cut.add(1)
+    world.run(4.0)
+    world.cut.clear()
+    world.run(4.0)
+    assert world.agreed() == (1, 2)
+    assert world.record.generation == 0
+    assert world.peers[1].member.active
+    assert not world.peers[2].member.active
+
+
+def test_an_active_peer_that_never_answers_costs_a_generation() -> None:
+    world = World(min_peers=1)
+    world.add(1)
+    world.run(1.0)
+    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
+    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
+    world.add(2)
+    world.run(1.0)
+    world.peers[1].alive = False
+    world.run(15.0)
+    assert world.agreed() == (2,)
+    assert world.record.generation == 1
+    assert world.peers[2].member.active
+
+
+def test_a_slow_peer_is_demoted_and_comes_back() -> None:
+    world = three()
+    world.step(world.peers[1], Doubt("late_done", 3, 0, 4, (), ""))
+    world.run(0.6)
+    assert world.agreed() == (1, 2, 3)
+    assert not world.peers[3].member.active
+    world.step(world.peers[3], Current(True))
+    world.run(3.0)
+    assert world.peers[3].member.active
+
+
+def test_the_last_active_peer_is_never_demoted() -> None:
+    world = three()
+    for accuser, accused in ((1, 2), (1, 3), (2, 1), (3, 1)):
+        world.step(world.peers[accuser], Doubt("late_done", accused, 0, 4, (), ""))
+    world.run(0.6)
+    assert any(peer.member.active for peer in world.peers.values())
+
+
+@pytest.mark.parametrize(
+    ("digests", "gone"),
+    [(((0, 7), (1, 8), (2, 7)), 2), (((0, 8), (1, 7), (2, 7)), 1), (((0, 8), (1, 7)), 2)],
+)
+def test_a_diverged_minority_is_left_out(digests: tuple[tuple[int, int]], gone: int) -> None:
+    world = three()
+    world.step(world.peers[3], Doubt("diverged", 0, 0, 4, digests, ""))
+    world.run(0.6)
+    assert world.agreed() == tuple(peer for peer in (1, 2, 3) if peer != gone)
+    assert world.peers[gone].told[-1].kind == "evicted"
+    assert world.peers[gone].told[-1].again
+    assert "diverged" in world.peers[gone].told[-1].detail
+
+
+def test_a_broken_link_is_relayed_and_nobody_is_left_out() -> None:
+    world = three()
+    for one, other in ((1, 2), (2, 1)):
+        world.step(world.peers[one], Link(other, up=False))
+    world.run(8.0)
+    assert world.agreed() == (1, 2, 3)
+    assert world.peers[1].routes == {2: 3}
+    assert world.peers[2].routes == {1: 3}
+    assert world.peers[3].routes == {}
+    for one, other in ((1, 2), (2, 1)):
+        world.step(world.peers[one], Link(other, up=True))
+    world.run(1.5)
+    assert world.peers[1].routes == {}
+
+
+def test_a_broken_link_without_third_leaves_one_out() -> None:
+    world = World(min_peers=2)
+    world.add(1)
+    world.add(2)
+    world.run(1.0)
+    world.step(world.peers[1], Link(2, up=False))
+    world.run(5.0)
+    assert world.agreed() == (1,)
+
+
+def test_the_process_that_comes_back_ends_its_old_incarnation() -> None:
+    world = World(min_peers=2)
+    world.add(1, host="h", launch="worker 0")
+    world.add(2, host="h", launch="worker 1")
+    world.run(1.0)
+    world.peers[2].alive = False
+    world.add(3, host="h", launch="worker 1")
+    world.run(1.0)
+    assert world.agreed() == (1, 3)
+
+
+def test_misfits_are_refused_with_both_values() -> None:
+    world = World(min_peers=1, config={"model": {"width": 64}})
+    other = world.add(1, config={"model": {"width": 32}})
+    fits = world.add(2, config={"model": {"width": 64}})
+    nothing = world.add(3)
+    stranger = world.add(4, run="another")
+    world.run(1.0)
+    assert other.told[-1].kind == "refused"
+    assert "model.width: the run has 64, this peer 32" in other.told[-1].detail
+    assert fits.member.view
+    assert nothing.told[0].config == {"model": {"width": 64}}
+    assert "default" in stranger.told[-1].detail
+
+
+def test_another_protocol_version_is_refused_naming_both() -> None:
+    world = World()
+    member = Member(Identity(run="default", peer=9, name="old"), random.Random(0))
+    hello = replace(member._hello(), protocol=77)
+    from decotrain.control.effects import Received, identity
+
+    assert world.coordinator is not None
+    effects = world.coordinator.step(Received(identity(9), hello), 1.0)
+    refusal = next(e.message for e in effects if isinstance(getattr(e, "message", 0), m.Refuse))
+    assert "77" in refusal.reason
+    assert str(m.PROTOCOL) in refusal.reason
+
+
+def test_a_stalled_coordinator_does_not_suspect_everybody() -> None:
+    world = three()
+    epoch = world.record.epoch
+    world.now += 30.0
+    world.run(2.0)
+    assert world.record.epoch == epoch
+
+
+def test_a_message_under_a_false_name_is_ignored() -> None:
+    world = three()
+    world.wire.append((b"operator", b"c", m.encode(m.Leave("default", 1))))
+    world.run(1.0)
+    assert world.agreed() == (1, 2, 3)
+
+
+def test_status_names_everybody() -> None:
+    world = three()
+    world.peers[1].member.figures = {"step": 12, "loss": 3.5}
+    world.run(1.0)
+    world.ask(m.AskStatus("", 0))
+    world.run(0.2)
+    status = world.answers[0].status
+    assert [peer["name"] for peer in status["peers"]] == ["peer1", "peer2", "peer3"]
+    assert status["peers"][0]["figures"] == {"step": 12, "loss": 3.5}
+    assert status["phase"] == "steady"
+    assert {event["kind"] for event in status["events"]} >= {"joined", "view"}
+
+
+def test_a_peer_that_left_everybody_alone_can_be_followed_by_a_new_run() -> None:
+    world = World(min_peers=1)
+    world.add(1)
+    world.run(1.0)
+    world.step(world.peers[1], AskLeave())
+    world.run(1.0)
+    assert world.record.members == ()
+    world.add(2)
+    world.run(2.0)
+    assert world.agreed() == (2,)
