@@ -6,9 +6,9 @@ import random
 from dataclasses import replace
 
 import pytest
+
 from decotrain.control import messages as m
 from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
-
 from tests.control.fakes import World, empty_report
 
 
