@@ -90,22 +90,23 @@ class Changes:
         if c.lost_s is not None:
             return False
         if c.record.view == 0:
-            return len(c.peers) >= c.min_peers()
+            return len(c.ready()) >= c.min_peers()
         if c.recovering:
             assert c.started_s is not None
             away = [key for key in c.members() if key not in c.peers and key not in c.out]
             if away and now - c.started_s < c.options.recover_s:
                 return False
-            return bool(c.peers)
+            return bool(c.ready())
         if c.due_s is not None and now >= c.due_s:
             return bool(c.out or c.demoted)
         if self.installing is not None or now < self.calm_s:
             return False
         members = c.members()
         return any(
-            key not in members
+            (key not in members and peer.hello.ready)
             or (
-                peer.current
+                key in members
+                and peer.current
                 and not members[key].active
                 and peer.view == c.record.view
                 and now >= peer.promote_after_s
@@ -126,7 +127,7 @@ class Changes:
         self.number += 1
         self.freeze = _Freeze(
             number=(c.record.term, self.number),
-            targets=set(c.members().keys() | c.peers.keys()),
+            targets=c.members().keys() | c.ready(),
             started_s=now,
             deadline_s=now + c.options.report_timeout_s,
             sent_s=now,
@@ -158,7 +159,7 @@ class Changes:
         elif not waiting or late:
             # No active peer has answered: ask again, suspects too, and in the end go on
             # from the most advanced of those who live (V10).
-            freeze.targets |= c.peers.keys()
+            freeze.targets |= c.ready()
             hopeless = all(
                 c.out.get(member.peer, ("",))[0] in _NOT_ASKED
                 for member in members.values()
@@ -199,7 +200,7 @@ class Changes:
             }
         candidates = self._candidates(freeze.reports, set(freeze.reports))
         if not candidates:
-            if c.record.view == 0 or c.peers.keys() - c.out.keys():
+            if c.record.view == 0 or c.ready() - c.out.keys():
                 return False
             self._record_empty(freeze, now)
             return True
@@ -320,6 +321,7 @@ class Changes:
                     host=hello.host,
                     launch=hello.launch,
                     addresses=hello.addresses,
+                    state=hello.state,
                     key=hello.key,
                 )
             )
@@ -367,6 +369,7 @@ class Changes:
                 "name": member.name,
                 "host": member.host,
                 "addresses": member.addresses,
+                "state": member.state,
                 "key": member.key,
             }
             for member in c.record.members
@@ -439,6 +442,7 @@ class Changes:
                     host=hello.host if hello else "",
                     launch=hello.launch if hello else "",
                     addresses=hello.addresses if hello else [],
+                    state=hello.state if hello else [],
                     key=hello.key if hello else b"",
                 )
             )

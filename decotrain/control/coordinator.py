@@ -156,6 +156,8 @@ class Coordinator:
             return
         peer.view = max(peer.view, message.view)
         peer.current = message.current
+        if message.ready and not peer.hello.ready:
+            peer.hello = replace(peer.hello, ready=True)
         peer.down = tuple(message.down)
         peer.routes = message.routes
         peer.figures = message.figures
@@ -201,11 +203,11 @@ class Coordinator:
             self.lost_s = now
         if hello.term > self.record.term:
             self._higher_term(peer, hello.term)
-        missing = 0 if self.record.view else max(0, self.min_peers() - len(self.peers))
-        self.send(
-            hello.peer,
-            m.Welcome(self.record.run, self.record.term, hello.peer, self.record.config, missing),
+        config = self.record.config
+        welcome = m.Welcome(
+            self.record.run, self.record.term, hello.peer, config, self.waiting_for()
         )
+        self.send(hello.peer, welcome)
 
     def _misfit(self, hello: m.Hello) -> str | None:
         if hello.protocol != m.PROTOCOL:
@@ -246,6 +248,14 @@ class Coordinator:
         if self.options.min_peers is not None:
             return max(1, self.options.min_peers)
         return max([1, *(peer.hello.min_peers for peer in self.peers.values())])
+
+    def ready(self) -> set[int]:
+        """Peers that may be in a view: their application has said what state it holds."""
+        return {key for key, peer in self.peers.items() if peer.hello.ready}
+
+    def waiting_for(self) -> int:
+        """Peers missing for the first view."""
+        return 0 if self.record.view else max(0, self.min_peers() - len(self.ready()))
 
     # --- leaving out
 
@@ -416,7 +426,7 @@ class Coordinator:
             "term": self.record.term,
             "epoch": self.record.epoch,
             "phase": self.changes.phase(),
-            "waiting_for": 0 if self.record.view else max(0, self.min_peers() - len(self.peers)),
+            "waiting_for": self.waiting_for(),
             "peers": peers,
             "routes": [
                 [f"{a:016x}", f"{b:016x}", f"{via:016x}"]

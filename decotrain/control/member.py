@@ -76,6 +76,11 @@ class Current:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """The application has declared its state: from now on we may be in a view."""
+
+
+@dataclass(frozen=True)
 class AskLeave:
     pass
 
@@ -125,6 +130,7 @@ class Identity:
     host: str = ""
     launch: str = ""
     addresses: list[str] = field(default_factory=list)
+    state: list[str] = field(default_factory=list)
     key: bytes = b""
     share: float = 1.0
     config: dict[str, Any] | None = None
@@ -146,6 +152,7 @@ class Member:
         self.pending: m.Install | None = None  # given to the engine, not answered yet
         # what we repeat
         self.known = False  # the coordinator has welcomed us
+        self.ready = False
         self.current = False
         self.leaving = False
         self.down: set[int] = set()
@@ -190,6 +197,10 @@ class Member:
         elif isinstance(event, Current):
             if event.current != self.current:
                 self.current = event.current
+                self.heartbeat_s = now
+        elif isinstance(event, Ready):
+            if not self.ready:
+                self.ready = True
                 self.heartbeat_s = now
         elif isinstance(event, AskLeave):
             self.leaving = True
@@ -331,6 +342,7 @@ class Member:
                         peer=self.me.peer,
                         term=self.term,
                         view=self.view,
+                        ready=self.ready,
                         current=self.current and not self.active,
                         down=sorted(self.down)[: m.PEERS_MAX],
                         routes=self.routes,
@@ -354,10 +366,12 @@ class Member:
             host=me.host,
             launch=me.launch,
             addresses=me.addresses,
+            state=me.state,
             key=me.key,
             share=me.share,
             config=me.config,
             min_peers=me.min_peers,
+            ready=self.ready,
             term=self.term,
             view=self.view,
             generation=self.generation,

@@ -47,7 +47,14 @@ addresses = sequence(text(256, 1), ADDRESSES_MAX)
 freeze_id = row(u32, u64)
 view_member = row(peer_id, u8, boolean)  # peer, slot, active
 figures = mapping(text(32, 1), lambda value: _figure(value), FIGURES_MAX)
-contact = record(peer=peer_id, name=name, host=text(256), addresses=addresses, key=blob(0, 64))
+contact = record(
+    peer=peer_id,
+    name=name,
+    host=text(256),
+    addresses=addresses,
+    state=addresses,
+    key=blob(0, 64),
+)
 
 
 def _figure(value: Any) -> Any:
@@ -64,11 +71,13 @@ class Hello:
     name: Annotated[str, name]
     host: Annotated[str, text(256)]
     launch: Annotated[str, text(128)]  # who started us, equal for the process that replaces us
-    addresses: Annotated[list[str], addresses]
+    addresses: Annotated[list[str], addresses]  # of its data plane
+    state: Annotated[list[str], addresses]  # where it serves shared state
     key: Annotated[bytes, blob(0, 64)]  # reserved for the data plane
     share: Annotated[float, number(0, 1e6)]
     config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
     min_peers: Annotated[int, integer(0, PEERS_MAX)]  # 0: no wish
+    ready: Annotated[bool, boolean]  # has declared its state: may be in a view
     term: Annotated[int, u32]  # highest seen
     view: Annotated[int, u64]  # installed; 0: none yet
     generation: Annotated[int, u32]
@@ -83,6 +92,7 @@ class Heartbeat:
     peer: Annotated[int, peer_id]
     term: Annotated[int, u32]
     view: Annotated[int, u64]
+    ready: Annotated[bool, boolean]
     current: Annotated[bool, boolean]  # observing, holds the state, asks to be active
     down: Annotated[list[int], sequence(peer_id, PEERS_MAX)]  # links that are broken
     routes: Annotated[int, u64]  # number of the route table in use

@@ -19,6 +19,7 @@ from decotrain.control.member import (
     Installed,
     Member,
     Message,
+    Ready,
     Reported,
     Say,
     SetRoutes,
@@ -71,6 +72,7 @@ class World:
         fields = {"name": f"peer{peer}", "run": "default", **identity}
         member = Member(Identity(peer=peer, **fields), random.Random(peer))
         self.peers[peer] = FakePeer(member)
+        self.step(self.peers[peer], Ready())
         return self.peers[peer]
 
     def run(self, seconds: float) -> None:
