@@ -1,0 +1,297 @@
+"""A peer's control thread: one poll loop around the pure Member, the coordinator's socket and the
+events of the node.
+
+It carries out what Member decides and tells the communicator through `Agent.shared`. An evicted
+peer that may come back gets a new incarnation here: new id, new node, nothing held (V11).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import zmq
+
+from decotrain.control import member as mb
+from decotrain.control import messages as m
+from decotrain.control.effects import identity
+from decotrain.control.transport import connect_dealer
+from decotrain.errors import MessageError
+
+TICK_S = 0.05
+AGAIN_S = 0.2  # before an evicted peer comes back
+
+logger = logging.getLogger("decotrain.peer")
+
+
+class DataPlane(Protocol):
+    """What the agent needs of decotrain._core.Node."""
+
+    addresses: list[str]
+    event_fd: int
+
+    def freeze(self, term: int, number: int) -> dict[str, Any]: ...
+    def install(self, install: dict[str, Any]) -> bool: ...
+    def declare(self, covered: list[tuple[int, int]]) -> None: ...
+    def set_peers(self, peers: list[tuple[int, int, list[str]]]) -> None: ...
+    def set_route(self, peer: int, via: int) -> None: ...
+    def events(self) -> list[dict[str, Any]]: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Shared:
+    """What the trainer's thread sees. Guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    peer: int = 0
+    node: Any = None
+    incarnation: int = 0
+    welcome: bool = False
+    config: dict[str, Any] | None = None
+    waiting: str = "the coordinator has not answered yet"
+    view: int = 0
+    generation: int = 0
+    members: list[list[Any]] = field(default_factory=list)
+    contacts: list[dict[str, Any]] = field(default_factory=list)
+    void: bool = False  # what we hold is not the run's state: fetch
+    over: str | None = None  # why there is no way back
+    over_kind: str = ""  # refused, evicted, left, broken
+    open: set[tuple[int, int]] = field(default_factory=set)  # rounds others began and we did not
+    routes: dict[int, int] = field(default_factory=dict)
+
+
+class Agent:
+    def __init__(
+        self,
+        address: str,
+        who: mb.Identity,
+        make_node: Callable[[int], DataPlane],
+        declared: Callable[[], list[tuple[int, int]]],  # tags with state, nothing held
+    ) -> None:
+        self.address = address
+        self.make_node = make_node
+        self.declared = declared
+        self.shared = Shared()
+        self.rng = random.Random(new_peer_id())  # noqa: S311 (jitter, not a key)
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.commands: deque[Any] = deque()
+        self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.stopping = False
+        self.ready = False
+        self.again_s: float | None = None
+        self._incarnate(who)
+        self.thread = threading.Thread(target=self._run, name="decotrain-control", daemon=True)
+        self.thread.start()
+
+    # --- any thread
+
+    def post(self, event: Any) -> None:
+        """An event for Member, or a callable to run on the control thread."""
+        self.commands.append(event)
+        self._wake()
+
+    def stop(self) -> None:
+        """Ends the thread and the node. Says nothing to the coordinator."""
+        self.stopping = True
+        self._wake()
+        self.thread.join()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # full: it is awake anyway; closed: it has ended
+            os.write(self.wake_write, b"x")
+
+    # --- the control thread
+
+    def _incarnate(self, who: mb.Identity) -> None:
+        node = self.make_node(who.peer)
+        who = replace(who, addresses=list(node.addresses)[: m.ADDRESSES_MAX])
+        self.node = node
+        self.socket = connect_dealer(self.context, self.address, identity(who.peer))
+        self.member = mb.Member(who, self.rng)
+        with self.shared.changed:
+            self.shared.peer, self.shared.node = who.peer, node
+            self.shared.view, self.shared.members, self.shared.open = 0, [], set()
+            self.shared.changed.notify_all()
+        if self.ready:
+            node.declare(self.declared())
+            self._step(mb.Ready())
+
+    def _run(self) -> None:
+        try:
+            while not self.stopping:
+                self._turn()
+        except Exception as error:  # nobody else can tell the trainer
+            logger.exception("the control thread ended")
+            self._end("broken", f"the control thread ended: {error!r}")
+        finally:
+            self.node.close()
+            self.socket.close()
+            self.context.term()
+            os.close(self.wake_read)
+            os.close(self.wake_write)
+
+    def _turn(self) -> None:
+        poller = select.poll()
+        for descriptor in (self.socket.FD, self.node.event_fd, self.wake_read):
+            poller.register(descriptor, select.POLLIN)
+        # The descriptor of a ZeroMQ socket is edge-triggered: never sleep on unread messages.
+        if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN and not self.commands:
+            poller.poll(TICK_S * 1000)
+        self._drain_wake()
+        while self.commands:
+            command = self.commands.popleft()
+            if callable(command):
+                command()
+            else:
+                if isinstance(command, mb.Ready):
+                    self.ready = True
+                self._step(command)
+        for event in self.node.events():
+            self._node_event(event)
+        self._receive()
+        self._step(None)
+        if self.again_s is not None and time.monotonic() >= self.again_s:
+            self._come_back()
+
+    def _drain_wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self.wake_read, 4096)
+
+    def _receive(self) -> None:
+        for _ in range(256):
+            try:
+                data = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = m.decode(data)
+            except MessageError as error:
+                logger.warning("dropped a message of the coordinator: %s", error)
+                continue
+            self._step(mb.Message(message))
+
+    def _step(self, event: Any) -> None:
+        for effect in self.member.step(event, time.monotonic()):
+            self._carry(effect)
+
+    def _carry(self, effect: Any) -> None:
+        if isinstance(effect, mb.Say):
+            with suppress(zmq.Again):  # nobody there: everything is repeated
+                self.socket.send(m.encode(effect.message), zmq.NOBLOCK)
+        elif isinstance(effect, mb.EngineFreeze):
+            report = self.node.freeze(*effect.freeze)
+            self._step(mb.Reported(effect.freeze, report))
+        elif isinstance(effect, mb.EngineInstall):
+            self._install(effect)
+        elif isinstance(effect, mb.SetRoutes):
+            old = self.shared.routes
+            for peer in old.keys() - effect.routes.keys():
+                self.node.set_route(peer, 0)
+            for peer, via in effect.routes.items():
+                self.node.set_route(peer, via)
+            with self.shared.changed:
+                self.shared.routes = effect.routes
+        elif isinstance(effect, mb.Tell):
+            self._tell(effect)
+
+    def _install(self, effect: mb.EngineInstall) -> None:
+        if effect.void:
+            self.node.declare(self.declared())
+        view = effect.install["view"]
+        done = self.node.install(effect.install)
+        if done:
+            slots = {row[0]: row[1] for row in view["members"]}
+            self.node.set_peers(
+                [(c["peer"], slots[c["peer"]], c["addresses"]) for c in effect.contacts]
+            )
+            with self.shared.changed:
+                self.shared.contacts = effect.contacts
+                self.shared.void = self.shared.void or effect.void
+        self._step(mb.Installed(view["id"], done))
+
+    def _node_event(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind in ("link_up", "link_down"):
+            self._step(mb.Link(event["peer"], kind == "link_up"))
+        elif kind in ("diverged", "late_done", "refused", "spec_mismatch") and event["tag"] >= 0:
+            doubt = mb.Doubt(
+                kind=kind,
+                who=event["peer"] if kind != "diverged" else 0,
+                tag=event["tag"],
+                seq=event["seq"],
+                digests=parse_digests(event["detail"]) if kind == "diverged" else (),
+                detail=event["detail"],
+            )
+            logger.warning("%s in round %d/%d: %s", kind, doubt.tag, doubt.seq, doubt.detail)
+            self._step(doubt)
+        elif kind in ("open", "stable"):
+            key = (event["tag"], event["seq"])
+            with self.shared.changed:
+                if kind == "open":
+                    self.shared.open.add(key)
+                else:
+                    self.shared.open.discard(key)
+                self.shared.changed.notify_all()
+
+    def _tell(self, effect: mb.Tell) -> None:
+        shared = self.shared
+        if effect.kind == "welcome":
+            with shared.changed:
+                shared.welcome = True
+                shared.config = effect.config
+                shared.waiting = effect.detail
+                shared.changed.notify_all()
+        elif effect.kind == "view":
+            with shared.changed:
+                shared.view, shared.members = self.member.view, self.member.members
+                shared.generation = self.member.generation
+                shared.changed.notify_all()
+        elif effect.again:
+            logger.warning("left out of the run: %s; comes back as a newcomer", effect.detail)
+            self.again_s = time.monotonic() + AGAIN_S * (0.5 + self.rng.random())
+        else:
+            self._end("left" if self.member.leaving else effect.kind, effect.detail)
+
+    def _come_back(self) -> None:
+        self.again_s = None
+        leaving = self.member.leaving
+        if leaving:
+            self._end("left", "left out while leaving")
+            return
+        old = self.node
+        self.socket.close()
+        with self.shared.changed:
+            self.shared.void = True
+            self.shared.incarnation += 1  # before works fail: whoever waits sees why
+        old.close()
+        self._incarnate(replace(self.member.me, peer=new_peer_id()))
+
+    def _end(self, kind: str, reason: str) -> None:
+        with self.shared.changed:
+            self.shared.over, self.shared.over_kind = reason, kind
+            self.shared.changed.notify_all()
+
+
+def new_peer_id() -> int:
+    """Random, never 0: an id is used once."""
+    return int.from_bytes(os.urandom(8), "big") or 1
+
+
+def parse_digests(detail: str) -> tuple[tuple[int, int], ...]:
+    """'0=1f.., 2=ab..' (slot=hex digest) -> pairs."""
+    return tuple(
+        (int(slot), int(digest, 16))
+        for slot, digest in re.findall(r"(\d+)=(?:0x)?([0-9a-fA-F]+)", detail)
+        if int(slot) < 64
+    )

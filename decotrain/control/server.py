@@ -1,0 +1,165 @@
+"""The coordinator process: a socket, a clock and a disk around the pure Coordinator.
+
+Effects are carried out in order, a record with fsync before the message after it. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from decotrain.control import messages
+from decotrain.control.coordinator import Coordinator, Options
+from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick
+from decotrain.control.record import Record, RecordFile
+from decotrain.control.transport import bind_router
+from decotrain.errors import ConfigError, FileError, MessageError
+
+TICK_S = 0.05
+PERSIST_RETRY_S = 1.0
+
+logger = logging.getLogger("decotrain.coordinator")
+
+
+class Server:
+    """Bound when constructed; `run()` serves until `stop()` (any thread) or a higher term."""
+
+    def __init__(
+        self,
+        listen: str,
+        options: Options,
+        folder: str | Path | None,  # of the record; None: memory only
+        on_log: Callable[[Log], None] | None = None,
+    ) -> None:
+        self.file = RecordFile(folder) if folder is not None else None
+        record = self.file.load() if self.file is not None else None
+        _check_record(record, options)
+        self.context: zmq.Context[Any] = zmq.Context()
+        try:
+            self.socket, self.address = bind_router(self.context, listen)
+        except ConfigError:
+            self.context.term()
+            raise
+        self.coordinator = Coordinator(options, record)
+        self.on_log = on_log
+        self.stopping = threading.Event()
+        self.stopped: str | None = None  # why it ended by itself
+        self.refused = 0  # messages that were none
+
+    def run(self) -> None:
+        try:
+            self._carry(self.coordinator.step(Tick(), time.monotonic()))
+            tick_s = time.monotonic()
+            while not self.stopping.is_set() and self.stopped is None:
+                pause_s = max(0.0, tick_s + TICK_S - time.monotonic())
+                if self.socket.poll(int(pause_s * 1000) + 1):
+                    self._receive()
+                if time.monotonic() >= tick_s + TICK_S:
+                    tick_s = time.monotonic()
+                    self._carry(self.coordinator.step(Tick(), tick_s))
+        finally:
+            self.socket.close()
+            self.context.term()
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+    def _receive(self) -> None:
+        for _ in range(256):  # then a tick gets its turn
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                if len(parts) != 2:
+                    raise MessageError(f"a message of {len(parts)} parts")
+                message = messages.decode(parts[1])
+            except MessageError as error:
+                self.refused += 1
+                logger.debug("dropped a message: %s", error)
+                continue
+            self._carry(self.coordinator.step(Received(parts[0], message), time.monotonic()))
+
+    def _carry(self, effects: list[Any]) -> None:
+        for effect in effects:
+            if isinstance(effect, Persist):
+                self._persist(effect.record)
+            elif isinstance(effect, Send):
+                self._send(effect.to, messages.encode(effect.message))
+            elif isinstance(effect, Log):
+                logger.info("%s: %s", effect.kind, effect.text)
+                if self.on_log is not None:
+                    self.on_log(effect)
+            elif isinstance(effect, Stop):
+                logger.error("stops: %s", effect.reason)
+                self.stopped = effect.reason
+            if self.stopping.is_set():
+                return
+
+    def _persist(self, record: Record) -> None:
+        """Nothing that depends on a record leaves before it is durable, so a full disk waits."""
+        while self.file is not None:
+            try:
+                self.file.save(record)
+                return
+            except FileError as error:
+                logger.error("%s", error)
+                if self.stopping.wait(PERSIST_RETRY_S):
+                    return
+
+    def _send(self, to: bytes, data: bytes) -> None:
+        try:
+            self.socket.send_multipart([to, data], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # its queue is full, or it is gone: everything is repeated
+            logger.debug("a message was not sent: %s", error)
+
+
+def _check_record(record: Record | None, options: Options) -> None:
+    if record is None:
+        return
+    if record.run != options.run:
+        raise ConfigError(
+            f"the record is of run {record.run!r}, not {options.run!r}:"
+            " name that run, or give this one a folder of its own"
+        )
+    if record.token != options.token:
+        raise ConfigError(
+            f"the record of run {record.run!r} was made with another token: use that token,"
+            " or give this run a folder of its own"
+        )
+
+
+class ServerThread:
+    """A coordinator inside this process: for a run of one, launchers and tests."""
+
+    def __init__(self, options: Options, listen: str = "127.0.0.1:0", folder: Any = None) -> None:
+        self.server = Server(listen, options, folder)
+        self.address = self.server.address
+        self.thread = threading.Thread(target=self.server.run, name="coordinator", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+        self.thread.join()
+
+
+def serve(
+    listen: str,
+    options: Options,
+    folder: str | Path | None,
+    announce: Callable[[str], None] = print,
+) -> int:
+    """Runs a coordinator in the foreground; the exit status."""
+    server = Server(listen, options, folder)
+    announce(f"coordinator of run {options.run!r} listens on {server.address}")
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return 0
+    return 1 if server.stopped is not None else 0
