@@ -23,12 +23,17 @@ bool has_f16c() {
 }
 #endif
 
-Simd capped(Simd level) { return level > best_simd() ? best_simd() : level; }
+Simd capped(Simd level) {
+  if (level == Simd::scalar || best_simd() == Simd::neon) {
+    return level == Simd::scalar ? level : best_simd();
+  }
+  return level > best_simd() ? best_simd() : level;
+}
 
 Simd from_environment() {
   const char* wanted = std::getenv("DECOTRAIN_SIMD");
   if (wanted != nullptr) {
-    for (const Simd level : {Simd::scalar, Simd::avx2, Simd::avx512}) {
+    for (const Simd level : {Simd::scalar, Simd::avx2, Simd::avx512, Simd::neon}) {
       if (std::strcmp(wanted, simd_name(level)) == 0) return capped(level);
     }
   }
@@ -52,6 +57,8 @@ Simd best_simd() {
     return wide ? Simd::avx512 : Simd::avx2;
   }();
   return best;
+#elif defined(__aarch64__)
+  return Simd::neon;
 #else
   return Simd::scalar;
 #endif
@@ -71,6 +78,8 @@ const char* simd_name(Simd level) {
       return "avx2";
     case Simd::avx512:
       return "avx512";
+    case Simd::neon:
+      return "neon";
     case Simd::scalar:
       break;
   }

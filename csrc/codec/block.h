@@ -2,22 +2,17 @@
 //
 // Scalar, SIMD and CUDA code agree bit for bit because all of them do exactly what this header
 // says (docs/codecs.md has it in words): correctly rounded single operations, never contracted,
-// and integer operations on the bits of floats. Nothing here loops over memory, and nothing
-// includes a standard header, so that NVRTC can compile it at run time.
+// and integer operations on the bits of floats. Nothing here loops over memory.
 #pragma once
 
-#ifdef __CUDACC__
-#define DT_HD __host__ __device__ inline
-#else
-#define DT_HD inline
-#endif
+#include "host_device.h"
 
 namespace decotrain::block {
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using i32 = int;
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using i32 = std::int32_t;
 
 constexpr u32 kInt8Block = 256;
 constexpr u32 kE2m1Block = 32;
@@ -49,10 +44,13 @@ DT_HD u32 magnitude(float x) { return bits(x) & kMagnitude; }
 
 // --- bf16 and f16: nearest, ties to even, overflow to the largest finite value
 
+constexpr u32 kBf16Max = 0x7f7f7fff;  // magnitudes above round to the largest all the same
+constexpr u32 kF16Max = 0x477fe000;   // 65504
+
 DT_HD u16 bf16_code(float x) {
-  const u32 b = bits(x);
-  const u32 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  return static_cast<u16>((rounded & 0x7fff) >= 0x7f80 ? rounded - 1 : rounded);
+  const u32 sign = (bits(x) >> 16) & 0x8000;
+  const u32 m = magnitude(x) > kBf16Max ? kBf16Max : magnitude(x);
+  return static_cast<u16>(sign | (m + 0x7fff + ((m >> 16) & 1)) >> 16);
 }
 
 DT_HD float bf16_value(u16 code) { return real(static_cast<u32>(code) << 16); }
@@ -61,8 +59,7 @@ DT_HD bool bf16_ok(u16 code) { return (code & 0x7f80) != 0x7f80; }
 
 DT_HD u16 f16_code(float x) {
   const u32 sign = (bits(x) >> 16) & 0x8000;
-  const u32 m = magnitude(x);
-  if (m >= 0x477ff000) return static_cast<u16>(sign | 0x7bff);  // 65520 and above
+  const u32 m = magnitude(x) > kF16Max ? kF16Max : magnitude(x);
   if (m < 0x38800000) {  // below 2^-14: counts of 2^-24, rounded by an addition
     const u32 count = bits(add(real(m), 0.5f)) - bits(0.5f);
     return static_cast<u16>(sign | count);
@@ -198,7 +195,7 @@ DT_HD u32 int2_threshold(u16 low, u16 high) {  // bits of the border between the
 }
 
 DT_HD u32 int2_code(float x, u32 threshold) {
-  return static_cast<u32>(magnitude(x) >= threshold) | (x < 0.0f ? 2u : 0u);
+  return static_cast<u32>(magnitude(x) >= threshold) | (bits(x) >> 30 & 2);
 }
 
 DT_HD float int2_value(u32 code, u16 low, u16 high) {

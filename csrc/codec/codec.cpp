@@ -3,14 +3,11 @@
 // The arithmetic is block.h's, the loops are the kernels', combining is combine.cpp's.
 #include "codec/codec.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <cassert>
 #include <cstring>
 
 #include "codec/kernels.h"
+#include "simd.h"
 
 namespace decotrain {
 namespace {
@@ -104,23 +101,9 @@ void clear_padding(Codec codec, std::byte* bytes, std::size_t elements) {
   std::memset(bytes + elements, 0, padded - elements);
 }
 
-#if defined(__x86_64__)
-StrictFloats::StrictFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-StrictFloats::~StrictFloats() { _mm_setcsr(static_cast<unsigned>(saved_)); }
-#elif defined(__aarch64__)
-StrictFloats::StrictFloats() {
-  asm volatile("mrs %0, fpcr" : "=r"(saved_));
-  asm volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
-}
-StrictFloats::~StrictFloats() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-#else
-StrictFloats::StrictFloats() : saved_(0) {}
-StrictFloats::~StrictFloats() = default;
-#endif
-
 bool encode(Codec codec, std::span<const float> values, std::byte* out) {
   if (values.empty()) return true;
-  const StrictFloats strict;
+  const ExactFloat exact;
   clear_padding(codec, out, values.size());
   const Place where = place(codec, out, values.size(), 0);
   return kernels().encode[static_cast<std::size_t>(codec)](values.data(), values.size(), where);
@@ -128,7 +111,7 @@ bool encode(Codec codec, std::span<const float> values, std::byte* out) {
 
 bool decode(Codec codec, const std::byte* bytes, std::span<float> out) {
   if (out.empty()) return true;
-  const StrictFloats strict;
+  const ExactFloat exact;
   const Place where = place_const(codec, bytes, out.size());
   return scales_ok(codec, where, out.size()) &&
          kernels().decode[static_cast<std::size_t>(codec)](where, out.size(), out.data());
@@ -152,6 +135,21 @@ bool valid(Codec codec, const std::byte* bytes, std::size_t elements) {
   return ok;
 }
 
-const Kernels& kernels() { return kScalarKernels; }
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#endif
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (simd() == Simd::avx512) return kAvx512Kernels;
+  if (simd() == Simd::avx2) return kAvx2Kernels;
+#elif defined(__aarch64__)
+  if (simd() == Simd::neon) return kNeonKernels;
+#endif
+  return kScalarKernels;
+}
 
 }  // namespace decotrain

@@ -27,7 +27,6 @@ struct Place {
 Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t begin);
 
 struct Kernels {
-  const char* name;
   // False: a value is NaN or infinite.
   bool (*encode[kCodecCount])(const float* values, std::size_t elements, const Place& out);
   // False (f32, bf16, f16): a value is NaN or infinite. Scales have been checked.
@@ -39,22 +38,10 @@ struct Kernels {
 
 extern const Kernels kScalarKernels;
 
-// Sets rounding to nearest and denormals on while it lives: a library may have changed that.
-class StrictFloats {
- public:
-  StrictFloats();
-  ~StrictFloats();
-  StrictFloats(const StrictFloats&) = delete;
-  StrictFloats& operator=(const StrictFloats&) = delete;
-
- private:
-  std::uint64_t saved_;
-};
-
 // Zeroes what lies between the codes and the scales of a chunk, which no kernel writes.
 void clear_padding(Codec codec, std::byte* bytes, std::size_t elements);
 
-// The table in use: the best this CPU has, or what DECOTRAIN_SIMD or force_simd names.
+// The table of the SIMD level in use (simd.h).
 const Kernels& kernels();
 
 }  // namespace decotrain

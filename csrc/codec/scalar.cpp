@@ -269,7 +269,6 @@ DT_DECODE(int2)
 }  // namespace
 
 const Kernels kScalarKernels = {
-    "scalar",
     {encode_f32, encode_half<bf16_code>, encode_half<f16_code>, encode_int8, encode_e2m1,
      encode_e3m0, encode_int2},
     {decode_f32, decode_bf16, decode_f16, decode_int8, decode_e2m1, decode_e3m0, decode_int2},

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "codec/codec.h"
+#include "simd.h"
 
 using namespace decotrain;
 
@@ -55,7 +56,77 @@ std::vector<float> round_trip(Codec codec, const std::vector<float>& values) {
   return out;
 }
 
+// Values to break codecs with: every bit pattern, denormals, zeros, ties, huge and tiny ranges.
+std::vector<float> nasty(std::size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<float> values(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i % 512 == 0) seed = random();
+    std::uint32_t bits = random();
+    if (seed % 5 == 0) bits &= 0x807fffff;                                    // denormals
+    if (seed % 5 == 1) bits = (bits & 0x80ffffff) | (random() & 0x3f) << 24;  // below 1
+    if (seed % 5 == 2) bits &= 0xfff00000;                                    // ties
+    if (seed % 5 == 3 && i % 3 != 0) bits &= 0x80000000;                      // zeros
+    if ((bits & 0x7f800000) == 0x7f800000) bits ^= 0x01000000;                // stay finite
+    std::memcpy(&values[i], &bits, sizeof bits);
+  }
+  return values;
+}
+
+struct Outcome {
+  bool encoded = false;
+  std::vector<std::byte> bytes;
+  std::vector<std::uint32_t> decoded;
+  bool combined = false;
+  std::vector<std::byte> mean;
+};
+
+Outcome run_codec(Codec codec, std::span<const float> values) {
+  Outcome out;
+  out.bytes.resize(encoded_bytes(codec, values.size()));
+  out.encoded = encode(codec, values, out.bytes.data());
+  if (!out.encoded) return {};
+  REQUIRE(valid(codec, out.bytes.data(), values.size()));
+  std::vector<float> decoded(values.size());
+  REQUIRE(decode(codec, out.bytes.data(), decoded));
+  out.decoded.resize(values.size());
+  std::memcpy(out.decoded.data(), decoded.data(), values.size_bytes());
+  for (const float value : decoded) REQUIRE(std::isfinite(value));
+  const std::array<Contribution, 3> from{
+      {{out.bytes.data(), 0.3f}, {out.bytes.data(), 1.0f}, {out.bytes.data(), 0.7f}}};
+  out.mean.resize(out.bytes.size());
+  out.combined = combine(Rule::mean, 0.0f, codec, from, values.size(), codec, out.mean.data());
+  if (!out.combined) out.mean.clear();
+  return out;
+}
+
 }  // namespace
+
+TEST_CASE("SIMD levels give the bits of the scalar reference") {
+  for (std::uint8_t c = 0; c < kCodecCount; ++c) {
+    const auto codec = static_cast<Codec>(c);
+    for (unsigned seed = 0; seed < 200; ++seed) {
+      const std::size_t count = seed < 150 ? seed * 17 + seed % 3 : 9000 + seed;
+      const std::vector<float> values = nasty(count + 3, seed);
+      const std::span<const float> part(values.data() + seed % 4, count);
+      set_simd(Simd::scalar);
+      const Outcome scalar = run_codec(codec, part);
+      CHECK(scalar.encoded);
+      for (const Simd level : {Simd::avx2, best_simd()}) {
+        CAPTURE(int(c));
+        CAPTURE(seed);
+        CAPTURE(simd_name(set_simd(level)));
+        const Outcome simd = run_codec(codec, part);
+        CHECK(simd.encoded == scalar.encoded);
+        CHECK((simd.bytes == scalar.bytes));
+        CHECK((simd.decoded == scalar.decoded));
+        CHECK(simd.combined == scalar.combined);
+        CHECK((simd.mean == scalar.mean));
+      }
+    }
+  }
+  set_simd(best_simd());
+}
 
 TEST_CASE("every codec: error within its bound, zeros exact, NaN refused") {
   const std::array<double, kCodecCount> bounds{0.0, 1e-5, 1e-7, 3e-4, 0.02, 0.08, 0.35};
