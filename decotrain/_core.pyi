@@ -5,6 +5,7 @@ from typing import Annotated
 import numpy
 from numpy.typing import NDArray
 
+
 def spsa_perturb(theta: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray, dict(shape=(None,), order='C', device='cpu')], key: int, c2: int, c3: int, epsilon: float, first: int = 0, noise: str = 'rademacher') -> None:
     """
     out = cast(theta + epsilon * z). theta is flat float32, out float32, bfloat16 or float16;

@@ -1,6 +1,7 @@
 // Codecs: what encode, decode, valid and combine promise (docs/codecs.md).
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -61,8 +62,8 @@ std::vector<float> nasty(std::size_t count, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<float> values(count);
   for (std::size_t i = 0; i < count; ++i) {
-    if (i % 512 == 0) seed = random();
-    std::uint32_t bits = random();
+    if (i % 512 == 0) seed = static_cast<unsigned>(random());
+    auto bits = static_cast<std::uint32_t>(random());
     if (seed % 5 == 0) bits &= 0x807fffff;                                    // denormals
     if (seed % 5 == 1) bits = (bits & 0x80ffffff) | (random() & 0x3f) << 24;  // below 1
     if (seed % 5 == 2) bits &= 0xfff00000;                                    // ties
@@ -91,7 +92,7 @@ Outcome run_codec(Codec codec, std::span<const float> values) {
   REQUIRE(decode(codec, out.bytes.data(), decoded));
   out.decoded.resize(values.size());
   std::memcpy(out.decoded.data(), decoded.data(), values.size_bytes());
-  for (const float value : decoded) REQUIRE(std::isfinite(value));
+  REQUIRE(std::ranges::all_of(decoded, [](float value) { return std::isfinite(value); }));
   const std::array<Contribution, 3> from{
       {{out.bytes.data(), 0.3f}, {out.bytes.data(), 1.0f}, {out.bytes.data(), 0.7f}}};
   out.mean.resize(out.bytes.size());
