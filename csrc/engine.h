@@ -19,8 +19,8 @@
 namespace decotrain {
 
 struct EngineOptions {
-  double grace_s = 0.0;    // waive who is not in this long after the quorum; 0: wait for all
-  double quorum = 1.0;     // fraction of the view's active peers that starts the grace period
+  double grace_s = 0.0;       // waive who is not in this long after the quorum; 0: wait for all
+  double quorum = 1.0;        // fraction of the view's active peers that starts the grace period
   double done_bound_s = 0.0;  // name who has not said DONE this long after our own; 0: never
   std::size_t parked_bytes = std::size_t{64} << 20;  // early frames of rounds not begun here
   std::size_t missed_rounds = 4;  // results kept for a caller that has not begun them, of each tag
@@ -55,9 +55,9 @@ struct Snapshot {
 struct BeginArgs {
   std::uint32_t tag = 0;
   RoundSpec spec;
-  Snapshot snapshot;            // empty with weight 0
+  Snapshot snapshot;              // empty with weight 0
   std::size_t collect_bytes = 0;  // collect: length of the snapshot
-  double weight = 1.0;          // 0: SKIP
+  double weight = 1.0;            // 0: SKIP
   std::uint64_t state_digest = 0;
 };
 
@@ -73,14 +73,14 @@ struct RoundResult {
   std::uint64_t seq = 0;
   RoundSpec spec;
   Outcome outcome = Outcome::stable;
-  ViewId view = 0;                 // in which it became stable
-  std::uint64_t digest = 0;        // of all result bytes and contributor sets
-  std::vector<SlotMask> contributors;  // for each chunk
+  ViewId view = 0;                         // in which it became stable
+  std::uint64_t digest = 0;                // of all result bytes and contributor sets
+  std::vector<SlotMask> contributors;      // for each chunk
   std::vector<std::uint32_t> chunk_bytes;  // encoded length; 0: nobody contributed
   std::vector<const std::byte*> chunks;
   std::vector<std::pair<std::uint8_t, PeerId>> peers;  // slot -> peer for every contributor
   std::shared_ptr<const void> keep;
-  bool begun = true;               // false: we got it as an observer or newly active peer
+  bool begun = true;  // false: we got it as an observer or newly active peer
 };
 
 enum class EventKind : std::uint8_t {
@@ -111,14 +111,14 @@ struct ChunkReport {
   ViewId born = 0;           // view in which that value was combined; 0: no value held
   SlotMask contributors = 0;
   std::uint8_t owner = kNoSlot;
-  SlotMask received = 0;     // contributions held, when we own it (own one included)
+  SlotMask received = 0;  // contributions held, when we own it (own one included)
 };
 struct RoundReport {
   std::uint32_t tag = 0;
   std::uint64_t seq = 0;
   RoundSpec spec;
   bool begun = false;
-  SlotMask skipped = 0;      // who said SKIP
+  SlotMask skipped = 0;  // who said SKIP
   std::vector<ChunkReport> chunks;
 };
 struct TagReport {
@@ -137,11 +137,11 @@ struct Report {
 struct ChunkPlan {
   enum class Kind : std::uint8_t { owner = 0, value = 1 } kind = Kind::owner;
   std::uint8_t owner = kNoSlot;
-  SlotMask received = 0;     // owner: what it has
-  std::uint64_t digest = 0;  // value
-  ViewId born = 0;           // value
-  SlotMask holders = 0;      // value: who has it; the lowest live one sends it to the others
-  SlotMask contributors = 0; // value
+  SlotMask received = 0;      // owner: what it has
+  std::uint64_t digest = 0;   // value
+  ViewId born = 0;            // value
+  SlotMask holders = 0;       // value: who has it; the lowest live one sends it to the others
+  SlotMask contributors = 0;  // value
 };
 struct RoundPlan {
   std::uint32_t tag = 0;
@@ -202,8 +202,9 @@ class Engine {
   bool frozen() const;
   std::vector<Event> take_events();
 
+  struct Impl;  // engine_impl.h, for the files that implement it
+
  private:
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -19,21 +19,22 @@ constexpr std::uint32_t kMagic = 0x31465444;  // "DTF1"
 constexpr std::size_t kHeaderBytes = 64;
 
 enum class FrameType : std::uint8_t {
-  hello = 1,         // first frame of a stream, both ways (net/ only)
-  open = 2,          // "I have begun this round and take its frames"; payload: the packed spec
-  contribution = 3,  // peer -> owner: one chunk; kFlagSkip: no contribution, all chunks
-  result = 4,        // owner (or holder) -> everybody: one chunk
-  done = 5,          // "I hold every chunk": digest of all results
-  have = 6,          // after a broken stream: bitmaps of what the sender holds
-  ping = 7,          // net/ only
-  pong = 8,          // net/ only
-  state_request = 9, // newcomer -> member: one chunk of shared state
-  state = 10,        // member -> newcomer
+  hello = 1,          // first frame of a stream, both ways (net/ only)
+  open = 2,           // "I have begun this round and take its frames"; payload: the packed spec
+  contribution = 3,   // peer -> owner: one chunk; kFlagSkip: no contribution, all chunks
+  result = 4,         // owner (or holder) -> everybody: one chunk
+  done = 5,           // "I hold every chunk": digest of all results
+  have = 6,           // after a broken stream: bitmaps of what the sender holds
+  ping = 7,           // net/ only
+  pong = 8,           // net/ only
+  state_request = 9,  // newcomer -> member: one chunk of shared state
+  state = 10,         // member -> newcomer
 };
 
 constexpr std::uint8_t kFlagSkip = 1;     // contribution: weight 0, no payload
 constexpr std::uint8_t kFlagRelayed = 2;  // src and dst are not the ends of this stream
 constexpr std::uint8_t kFlagReply = 4;    // have: answers a have, wants no answer
+constexpr std::uint8_t kFlagsKnown = 7;
 
 // Offsets in docs/wire.md. All integers little-endian.
 struct Header {
@@ -61,7 +62,10 @@ std::uint64_t digest(std::span<const std::byte> bytes);
 
 constexpr std::size_t kSpecBytes = 24;
 std::array<std::byte, kSpecBytes> pack(const RoundSpec& spec);
+// Nothing when the bytes are no specification or `fault` finds one.
 std::optional<RoundSpec> unpack_spec(std::span<const std::byte> bytes);
+// Why a round cannot run with this specification; "" when it can.
+const char* fault(const RoundSpec& spec);
 std::uint32_t spec_digest(const RoundSpec& spec);
 std::uint32_t chunk_count(const RoundSpec& spec);  // collect: kMaxPeers, one for each slot
 std::size_t chunk_elements(const RoundSpec& spec, std::uint32_t chunk);

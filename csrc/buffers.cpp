@@ -1,0 +1,122 @@
+// The buffer pool: size classes with last-in first-out lists, bounded by recent use.
+#include "buffers.h"
+
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace decotrain {
+namespace {
+
+constexpr std::size_t kAlign = 64;
+constexpr std::size_t kPooledFrom = 32 << 10;  // smaller ones are malloc's business
+constexpr std::size_t kHugeFrom = std::size_t{4} << 20;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kForgetAfter = 1024;  // allocations until an old peak counts for nothing
+
+// At most 1/8 above what was asked for, so that few classes serve rounds of similar size.
+std::size_t size_class(std::size_t bytes) {
+  const std::size_t step = std::max<std::size_t>(std::bit_floor(bytes) / 8, 4096);
+  return (bytes + step - 1) / step * step;
+}
+
+std::byte* fresh(std::size_t bytes) {
+  const std::size_t align = bytes >= kHugeFrom ? kHugePage : kAlign;
+  auto* at = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{align}));
+#ifdef __linux__
+  if (bytes >= kHugeFrom) madvise(at, bytes, MADV_HUGEPAGE);  // a wish: failure costs only speed
+#endif
+  return at;
+}
+
+void destroy(std::byte* at, std::size_t bytes) {
+  ::operator delete(at, std::align_val_t{bytes >= kHugeFrom ? kHugePage : kAlign});
+}
+
+class Pool {
+ public:
+  std::byte* take(std::size_t bytes) {
+    std::byte* at = nullptr;
+    std::vector<std::pair<std::byte*, std::size_t>> surplus;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = free_.find(bytes);
+      if (found != free_.end() && !found->second.empty()) {
+        at = found->second.back();
+        found->second.pop_back();
+        free_bytes_ -= bytes;
+      }
+      in_use_ += bytes;
+      peak_ = std::max(in_use_, peak_ - peak_ / kForgetAfter);
+      trim(surplus);
+    }
+    for (const auto& [old, size] : surplus) destroy(old, size);
+    return at != nullptr ? at : fresh(bytes);
+  }
+
+  void give(std::byte* at, std::size_t bytes) {
+    std::vector<std::pair<std::byte*, std::size_t>> surplus;
+    {
+      const std::lock_guard lock(mutex_);
+      free_[bytes].push_back(at);
+      free_bytes_ += bytes;
+      in_use_ -= bytes;
+      trim(surplus);
+    }
+    for (const auto& [old, size] : surplus) destroy(old, size);
+  }
+
+  PoolFigures figures() {
+    const std::lock_guard lock(mutex_);
+    return {in_use_, free_bytes_};
+  }
+
+ private:
+  // Small classes go last: they are the ones in use all the time.
+  void trim(std::vector<std::pair<std::byte*, std::size_t>>& surplus) {
+    while (in_use_ + free_bytes_ > peak_ && free_bytes_ > 0) {
+      auto largest = std::prev(free_.end());
+      if (largest->second.empty()) {
+        free_.erase(largest);
+        continue;
+      }
+      surplus.emplace_back(largest->second.back(), largest->first);
+      largest->second.pop_back();
+      free_bytes_ -= largest->first;
+    }
+  }
+
+  std::mutex mutex_;
+  std::map<std::size_t, std::vector<std::byte*>> free_;
+  std::size_t free_bytes_ = 0;
+  std::size_t in_use_ = 0;
+  std::size_t peak_ = 0;
+};
+
+// Never destroyed: a result may be let go after static destructors have run.
+Pool& pool() {
+  static Pool* const one = new Pool;
+  return *one;
+}
+
+}  // namespace
+
+std::shared_ptr<std::byte[]> allocate(std::size_t bytes) {
+  if (bytes < kPooledFrom) {
+    const std::size_t size = std::max<std::size_t>(bytes, 1);
+    return {fresh(size), [size](std::byte* at) { destroy(at, size); }};
+  }
+  const std::size_t size = size_class(bytes);
+  return {pool().take(size), [size](std::byte* at) { pool().give(at, size); }};
+}
+
+PoolFigures pool_figures() { return pool().figures(); }
+
+}  // namespace decotrain

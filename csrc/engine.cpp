@@ -1,0 +1,288 @@
+// Engine's face: the caller's calls, time, and what happens to a round when it ends.
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "engine_impl.h"
+
+namespace decotrain {
+
+using Impl = Engine::Impl;
+
+Tag* Impl::find_tag(std::uint32_t tag) {
+  const auto found = tags.find(tag);
+  return found == tags.end() ? nullptr : &found->second;
+}
+
+const Tag* Impl::find_tag(std::uint32_t tag) const {
+  const auto found = tags.find(tag);
+  return found == tags.end() ? nullptr : &found->second;
+}
+
+Round* Impl::find_round(std::uint32_t tag, std::uint64_t seq) {
+  Tag* const of = find_tag(tag);
+  if (of == nullptr) return nullptr;
+  const auto found = of->rounds.find(seq);
+  return found == of->rounds.end() ? nullptr : &found->second;
+}
+
+const Member* Impl::member(PeerId peer) const {
+  for (const Member& one : view.members) {
+    if (one.peer == peer) return &one;
+  }
+  return nullptr;
+}
+
+const Member* Impl::member_at(std::uint8_t slot) const {
+  for (const Member& one : view.members) {
+    if (one.slot == slot) return &one;
+  }
+  return nullptr;
+}
+
+void Impl::adopt_roles() {
+  roles = Roles{};
+  for (const Member& one : view.members) {
+    roles.all |= bit(one.slot);
+    if (one.active) roles.active |= bit(one.slot);
+    if (one.peer == self) roles.self = one.slot;
+  }
+}
+
+void Impl::event(EventKind kind, const Round& round, PeerId peer, std::string detail) {
+  events.push_back({kind, round.tag, round.seq, peer, std::move(detail)});
+}
+
+bool Impl::may_begin(std::uint32_t tag) const {
+  if (view.id == 0 || roles.self == kNoSlot) return false;
+  const Tag* const of = find_tag(tag);
+  if (of == nullptr) return true;
+  for (const auto& [seq, round] : of->rounds) {
+    if (seq < of->next) return false;
+  }
+  return std::none_of(of->results.begin(), of->results.end(),
+                      [](const auto& one) { return !one.second.begun; });
+}
+
+std::uint64_t Impl::begin(BeginArgs args, double now) {
+  if (args.tag >= kMaxTags) throw std::invalid_argument("tag out of range");
+  if (const char* why = fault(args.spec); *why != '\0') throw std::invalid_argument(why);
+  if (!std::isfinite(args.weight) || args.weight < 0.0) {
+    throw std::invalid_argument("the weight must be finite and not negative");
+  }
+  if (args.spec.op == Op::collect && args.collect_bytes > args.spec.chunk_elements) {
+    throw std::invalid_argument("more bytes than the collect round allows a peer");
+  }
+  if (!may_begin(args.tag)) {
+    throw std::logic_error("no view, or an earlier round of the tag is open or not taken");
+  }
+  Tag& tag = tags[args.tag];
+  const std::uint64_t seq = tag.next;
+  Round& round = tag.rounds[seq];
+  round.tag = args.tag;
+  round.seq = seq;
+  if (round.known && round.spec != args.spec) {
+    if (round.open || round.planned) {
+      throw std::invalid_argument("the others run this round with another specification");
+    }
+    for (const Member& one : view.members) {
+      if ((round.opened & bit(one.slot)) == 0) continue;
+      event(EventKind::spec_mismatch, round, one.peer, "has begun with another specification");
+    }
+    round.named_spec = round.opened;
+    round.opened = 0;
+    round.known = false;
+  }
+  if (!round.known) round.set_spec(args.spec);
+  round.begun = true;
+  round.contributes = roles.self_active() && args.weight > 0.0;
+  round.skips = roles.self_active() && !round.contributes;
+  round.weight = args.weight;
+  round.state_digest = args.state_digest;
+  round.snapshot = std::move(args.snapshot);
+  round.collect_bytes = args.collect_bytes;
+  tag.next = seq + 1;
+  if (!frozen) {
+    if (round.open) {
+      synchronise(round, now);
+    } else {
+      open_round(round, now);
+    }
+  }
+  settle_all();
+  return seq;
+}
+
+void Impl::end(Round& round, Outcome outcome) {
+  if (round.settled) return;
+  round.settled = true;
+  Tag& tag = tags[round.tag];
+  if (outcome == Outcome::stable) {
+    tag.stable.push_back({round.seq, round.digest, round.state_digest, view.id});
+    if (tag.stable.size() > kStableKept) tag.stable.pop_front();
+    const auto seq = static_cast<std::int64_t>(round.seq);
+    if (seq != tag.run_last + 1) tag.run_first = seq;
+    tag.run_last = seq;
+  }
+  tag.next = std::max(tag.next, round.seq + 1);
+  if (outcome == Outcome::stable || round.begun) {
+    tag.results[round.seq] = round.result(outcome, view.id);
+    if (outcome == Outcome::stable) event(EventKind::stable, round, 0, "");
+  }
+  to_settle.emplace_back(round.tag, round.seq);
+}
+
+// Rounds are erased here only, when no one further up the stack can hold one.
+void Impl::settle_all() {
+  for (const auto& [tag_id, seq] : to_settle) {
+    Tag& tag = tags[tag_id];
+    const auto found = tag.rounds.find(seq);
+    if (found == tag.rounds.end() || !found->second.settled) continue;
+    Round& round = found->second;
+    parked_bytes -= round.parked_bytes;
+    round.snapshot = {};
+    round.parked.clear();
+    if (round.complete && (roles.all & ~roles.active) != 0) tag.closed = std::move(round);
+    tag.rounds.erase(found);
+    std::size_t missed = 0;
+    for (auto one = tag.results.rbegin(); one != tag.results.rend(); ++one) {
+      missed += one->second.begun ? 0 : 1;
+    }
+    for (auto one = tag.results.begin(); missed > options.missed_rounds;) {
+      if (one->second.begun) {
+        ++one;
+        continue;
+      }
+      tag.run_first = std::max(tag.run_first, static_cast<std::int64_t>(one->first) + 1);
+      one = tag.results.erase(one);
+      --missed;
+    }
+  }
+  to_settle.clear();
+}
+
+void Impl::tick(double now) {
+  for (auto& [id, tag] : tags) {
+    for (auto& [seq, round] : tag.rounds) {
+      if (frozen || !round.open || round.settled) continue;
+      if (round.next_grace <= now) waive_late(round, now);
+      if (round.done_at + options.done_bound_s > now || options.done_bound_s <= 0.0) continue;
+      const SlotMask late = roles.active & ~round.done_from & ~round.named_late;
+      round.named_late |= late;
+      for (const Member& one : view.members) {
+        if ((late & bit(one.slot)) != 0) event(EventKind::late_done, round, one.peer, "");
+      }
+    }
+  }
+  settle_all();
+}
+
+double Impl::next_deadline() const {
+  double next = kNever;
+  if (frozen) return next;
+  for (const auto& [id, tag] : tags) {
+    for (const auto& [seq, round] : tag.rounds) {
+      if (!round.open || round.settled) continue;
+      next = std::min(next, round.next_grace);
+      const SlotMask late = roles.active & ~round.done_from & ~round.named_late;
+      if (options.done_bound_s > 0.0 && late != 0) {
+        next = std::min(next, round.done_at + options.done_bound_s);
+      }
+    }
+  }
+  return next;
+}
+
+Engine::Engine(PeerId self, EngineOptions options) : impl_(std::make_unique<Impl>(self, options)) {}
+Engine::~Engine() = default;
+
+std::uint64_t Engine::begin(BeginArgs args, double now) {
+  return impl_->begin(std::move(args), now);
+}
+
+bool Engine::may_begin(std::uint32_t tag) const { return impl_->may_begin(tag); }
+
+bool Engine::ready(std::uint32_t tag, std::uint64_t seq) const {
+  const Tag* const of = impl_->find_tag(tag);
+  return of != nullptr && of->results.count(seq) != 0;
+}
+
+RoundResult Engine::take_result(std::uint32_t tag, std::uint64_t seq) {
+  Tag* const of = impl_->find_tag(tag);
+  if (of == nullptr || of->results.count(seq) == 0) {
+    throw std::logic_error("this round has no result to take");
+  }
+  RoundResult result = std::move(of->results[seq]);
+  of->results.erase(seq);
+  return result;
+}
+
+std::vector<std::uint64_t> Engine::missed(std::uint32_t tag) const {
+  std::vector<std::uint64_t> seqs;
+  if (const Tag* const of = impl_->find_tag(tag); of != nullptr) {
+    for (const auto& [seq, result] : of->results) {
+      if (!result.begun) seqs.push_back(seq);
+    }
+  }
+  return seqs;
+}
+
+void Engine::declare(const std::vector<std::pair<std::uint32_t, std::int64_t>>& covered) {
+  for (const auto& [tag, seq] : covered) {
+    if (tag >= kMaxTags) throw std::invalid_argument("tag out of range");
+  }
+  impl_->declared = true;
+  for (auto& [id, tag] : impl_->tags) tag.state = false;
+  for (const auto& [id, seq] : covered) {
+    Tag& tag = impl_->tags[id];
+    tag.state = true;
+    tag.applied = seq;
+  }
+}
+
+void Engine::set_covered(std::uint32_t tag, std::int64_t seq) {
+  if (tag >= kMaxTags) throw std::invalid_argument("tag out of range");
+  impl_->tags[tag].applied = seq;
+}
+
+Incoming Engine::on_header(PeerId from, const Header& header, double now) {
+  Incoming incoming = impl_->on_header(from, header, now);
+  impl_->settle_all();
+  return incoming;
+}
+
+void Engine::on_payload(PeerId from, const Header& header, Incoming incoming, double now) {
+  impl_->on_payload(from, header, std::move(incoming), now);
+  impl_->settle_all();
+}
+
+bool Engine::next_frame(PeerId to, OutFrame& frame) { return impl_->next_frame(to, frame); }
+
+bool Engine::has_frames(PeerId to) const {
+  const Member* const one = impl_->member(to);
+  return one != nullptr && !impl_->queues[one->slot].empty();
+}
+
+void Engine::on_link_reset(PeerId peer, double) { impl_->on_link_reset(peer); }
+
+void Engine::tick(double now) { impl_->tick(now); }
+
+double Engine::next_deadline() const { return impl_->next_deadline(); }
+
+Report Engine::freeze(FreezeId id) { return impl_->freeze(id); }
+
+bool Engine::install(const Install& plan, double now) {
+  const bool done = impl_->install(plan, now);
+  impl_->settle_all();
+  return done;
+}
+
+const View& Engine::view() const { return impl_->view; }
+
+bool Engine::frozen() const { return impl_->frozen; }
+
+std::vector<Event> Engine::take_events() { return std::exchange(impl_->events, {}); }
+
+}  // namespace decotrain

@@ -1,0 +1,364 @@
+// Engine, receiving: where a frame's payload goes, and what a whole frame changes.
+//
+// Every check is made twice where a payload lies between: the view, the round and the chunk may
+// have moved on while the bytes came in.
+#include <bit>
+#include <cmath>
+
+#include "buffers.h"
+#include "engine_impl.h"
+
+namespace decotrain {
+
+using Impl = Engine::Impl;
+
+namespace {
+
+constexpr std::size_t kMaxHaveBytes = kSpecBytes + 2 * ((kMaxChunks + 7) / 8);
+
+Incoming dropped(const char* why) { return {Accept::drop, nullptr, nullptr, why}; }
+Incoming refused(const char* why) { return {Accept::refuse, nullptr, nullptr, why}; }
+
+Incoming fresh_target(std::size_t bytes) {
+  if (bytes == 0) return {Accept::take, nullptr, nullptr, ""};
+  auto block = allocate(bytes);
+  std::byte* const at = block.get();
+  return {Accept::take, at, std::shared_ptr<void>(std::move(block)), ""};
+}
+
+bool is_chunk_frame(const Header& header) {
+  return header.type == FrameType::contribution || header.type == FrameType::result;
+}
+
+bool test(const std::byte* map, std::size_t i) {
+  return (map[i / 8] & std::byte(1u << (i % 8))) != std::byte{0};
+}
+
+}  // namespace
+
+Incoming Impl::on_header(PeerId from, const Header& header, double now) {
+  if (header.view > view.id) return {Accept::later, nullptr, nullptr, "of a newer view"};
+  if (header.view < view.id) return dropped("of an older view");
+  if (frozen) return dropped("frozen");
+  const Member* const peer = member(from);
+  if (peer == nullptr || roles.self == kNoSlot) return dropped("not of this view");
+  if (header.src != peer->slot || header.dst != roles.self || peer->slot == roles.self) {
+    return refused("wrong slots");
+  }
+  if (header.tag >= kMaxTags) return refused("tag out of range");
+  switch (header.type) {
+    case FrameType::open:
+      if (header.payload_bytes != kSpecBytes) return refused("OPEN of a wrong length");
+      return fresh_target(header.payload_bytes);
+    case FrameType::have:
+      if (header.payload_bytes < kSpecBytes || header.payload_bytes > kMaxHaveBytes) {
+        return refused("HAVE of a wrong length");
+      }
+      return fresh_target(header.payload_bytes);
+    case FrameType::done:
+      if (header.payload_bytes != 0) return refused("DONE with a payload");
+      return fresh_target(0);
+    case FrameType::contribution:
+    case FrameType::result:
+      break;
+    default:
+      return refused("not a frame of rounds");
+  }
+  const char* why = "";
+  Round* const round = hear(header.tag, header.seq, &why);
+  if (round == nullptr) return dropped(why);
+  if (!round->open) return park_header(*round, header);
+  if (!same_spec(*round, *peer, header)) return dropped("another specification");
+  Incoming verdict = header.type == FrameType::result ? admit_result(*round, *peer, header)
+                                                      : admit_contribution(*round, *peer, header);
+  if (verdict.accept != Accept::take || header.payload_bytes == 0) return verdict;
+  if (header.type == FrameType::contribution) return fresh_target(header.payload_bytes);
+  Place where = round->place(header.chunk, header.payload_bytes);
+  (void)now;
+  return {Accept::take, where.at, std::move(where.keep), ""};
+}
+
+void Impl::on_payload(PeerId from, const Header& header, Incoming incoming, double now) {
+  if (incoming.accept != Accept::take || header.view != view.id || frozen) return;
+  const Member* const peer = member(from);
+  if (peer == nullptr || header.src != peer->slot) return;
+  if (header.type == FrameType::open || header.type == FrameType::have) {
+    take_have(*peer, header, incoming, now);
+    return;
+  }
+  const char* why = "";
+  Round* const round = hear(header.tag, header.seq, &why);
+  if (round == nullptr) return;
+  if (!round->open) {
+    park(*round, from, header, std::move(incoming));
+  } else {
+    deliver(*round, *peer, header, incoming, now);
+  }
+}
+
+// The round a frame speaks of, if frames of it can matter now: open, or the next of its tag.
+Round* Impl::hear(std::uint32_t tag_id, std::uint64_t seq, const char** why) {
+  Tag& tag = tags[tag_id];
+  const auto found = tag.rounds.find(seq);
+  if (found != tag.rounds.end()) {
+    *why = "the round is settled";
+    return found->second.settled ? nullptr : &found->second;
+  }
+  // A round that opened by itself keeps its number for our caller; the next one may begin.
+  const auto current = tag.rounds.find(tag.next);
+  const std::uint64_t last =
+      current != tag.rounds.end() && current->second.open ? tag.next + 1 : tag.next;
+  if (seq < tag.next || seq > last) {
+    *why = seq < tag.next ? "the round is settled" : "the round is too far ahead";
+    return nullptr;
+  }
+  Round& round = tag.rounds[seq];
+  round.tag = tag_id;
+  round.seq = seq;
+  return &round;
+}
+
+Incoming Impl::park_header(Round& round, const Header& header) {
+  if (header.payload_bytes > kEagerBytes ||
+      parked_bytes + header.payload_bytes + kParkedOverhead > options.parked_bytes) {
+    round.parked_lost = true;
+    return dropped("no room for early frames");
+  }
+  return fresh_target(header.payload_bytes);
+}
+
+void Impl::park(Round& round, PeerId from, const Header& header, Incoming incoming) {
+  const std::size_t cost = header.payload_bytes + kParkedOverhead;
+  if (parked_bytes + cost > options.parked_bytes) {
+    round.parked_lost = true;
+    return;
+  }
+  parked_bytes += cost;
+  round.parked_bytes += cost;
+  round.parked.push_back({from, header, std::move(incoming)});
+  if (round.named_open) return;
+  round.named_open = true;
+  event(EventKind::open, round, from, "");
+}
+
+void Impl::replay(Round& round, double now) {
+  parked_bytes -= round.parked_bytes;
+  round.parked_bytes = 0;
+  for (ParkedFrame& frame : std::exchange(round.parked, {})) {
+    const Member* const from = member(frame.from);
+    if (from != nullptr) deliver(round, *from, frame.header, frame.incoming, now);
+  }
+}
+
+void Impl::deliver(Round& round, const Member& from, const Header& header, Incoming& incoming,
+                   double now) {
+  if (round.settled) return;
+  if (header.type == FrameType::done) {
+    take_done(round, from, header);
+    return;
+  }
+  if (!is_chunk_frame(header) || !same_spec(round, from, header)) return;
+  const Incoming verdict = header.type == FrameType::result
+                               ? admit_result(round, from, header)
+                               : admit_contribution(round, from, header);
+  if (verdict.accept == Accept::refuse) event(EventKind::refused, round, from.peer, verdict.reason);
+  if (verdict.accept != Accept::take) return;
+  if (header.type == FrameType::result) {
+    take_result(round, from, header, incoming, now);
+  } else if ((header.flags & kFlagSkip) != 0) {
+    round.skipped |= bit(from.slot);
+    try_combine_all(round, now);
+  } else {
+    take_contribution(round, from, header, incoming, now);
+  }
+}
+
+bool Impl::same_spec(Round& round, const Member& from, const Header& header) {
+  if (header.spec_digest == round.spec_digest) return true;
+  if ((round.named_spec & bit(from.slot)) == 0) {
+    round.named_spec |= bit(from.slot);
+    event(EventKind::spec_mismatch, round, from.peer, "its frames name another specification");
+  }
+  return false;
+}
+
+Incoming Impl::admit_contribution(const Round& round, const Member& from,
+                                  const Header& header) const {
+  if ((header.flags & kFlagSkip) != 0) {
+    if (header.payload_bytes != 0 || header.chunk != kAllChunks) return refused("malformed SKIP");
+    return from.active ? fresh_target(0) : dropped("observers do not contribute");
+  }
+  if (round.spec.op == Op::collect) return refused("a contribution in a collect round");
+  if (header.chunk >= round.chunks.size()) return refused("no such chunk");
+  if (header.payload_bytes != round.contribution_bytes(header.chunk)) {
+    return refused("a contribution of a wrong length");
+  }
+  const Chunk& chunk = round.chunks[header.chunk];
+  if (!from.active) return dropped("observers do not contribute");
+  if (chunk.owner != roles.self) return dropped("not our chunk");
+  if (chunk.held) return dropped("the chunk has its value");
+  if (((chunk.received | chunk.waived | round.skipped) & bit(from.slot)) != 0) {
+    return dropped("counted before");
+  }
+  return {Accept::take, nullptr, nullptr, ""};
+}
+
+Incoming Impl::admit_result(const Round& round, const Member& from, const Header& header) const {
+  if (header.chunk >= round.chunks.size()) return refused("no such chunk");
+  if (round.spec.op == Op::collect) {
+    if (header.payload_bytes > round.spec.chunk_elements) return refused("a result too long");
+    if (header.a != 0 && header.a != bit(static_cast<std::uint8_t>(header.chunk))) {
+      return refused("a result of another slot");
+    }
+    if (header.a == 0 && header.payload_bytes != 0) return refused("an empty result with bytes");
+  } else {
+    const std::size_t elements = chunk_elements(round.spec, header.chunk);
+    const std::size_t bytes = header.a == 0 ? 0 : encoded_bytes(round.spec.result, elements);
+    if (header.payload_bytes != bytes) return refused("a result of a wrong length");
+  }
+  const Chunk& chunk = round.chunks[header.chunk];
+  if (chunk.held) return dropped("held before");
+  if (chunk.fixed) {
+    if (header.b != chunk.digest || header.a != chunk.contributors || header.c != chunk.born) {
+      return dropped("not the value of the plan");
+    }
+  } else if (chunk.owner != from.slot || header.c != view.id) {
+    return dropped("not from the chunk's owner");
+  }
+  return {Accept::take, nullptr, nullptr, ""};
+}
+
+// True when the payload is not what its sender hashed; asks for it again, not for ever.
+bool Impl::corrupt(Round& round, const Member& from, const Header& header,
+                   const Incoming& incoming) {
+  if (digest({incoming.target, header.payload_bytes}) == header.b) return false;
+  event(EventKind::refused, round, from.peer, "a payload does not match its digest");
+  if (++round.corrupt[from.slot] <= kCorruptAsked) {
+    say(from.slot, {.type = FrameType::have, .tag = round.tag, .seq = round.seq});
+  }
+  return true;
+}
+
+void Impl::take_contribution(Round& round, const Member& from, const Header& header,
+                             Incoming& incoming, double now) {
+  Chunk& chunk = round.chunks[header.chunk];
+  const auto weight = std::bit_cast<double>(header.a);
+  if (corrupt(round, from, header, incoming) && round.corrupt[from.slot] <= kCorruptAsked) return;
+  const bool sound =
+      round.corrupt[from.slot] <= kCorruptAsked && std::isfinite(weight) && weight > 0.0 &&
+      valid(round.spec.contribution, incoming.target, chunk_elements(round.spec, header.chunk));
+  if (sound) {
+    chunk.received |= bit(from.slot);
+    chunk.contributions.push_back({from.slot, weight, incoming.target, incoming.keep});
+  } else {
+    chunk.waived |= bit(from.slot);
+    event(EventKind::refused, round, from.peer,
+          "chunk " + std::to_string(header.chunk) + " is not finite or has no valid weight");
+  }
+  try_combine(round, header.chunk, now);
+  check_complete(round, now);
+}
+
+void Impl::take_result(Round& round, const Member& from, const Header& header, Incoming& incoming,
+                       double now) {
+  if (corrupt(round, from, header, incoming)) return;
+  round.set_value(header.chunk, {incoming.target, incoming.keep}, header.payload_bytes, header.b,
+                  header.a, header.c);
+  check_complete(round, now);
+}
+
+void Impl::take_done(Round& round, const Member& from, const Header& header) {
+  if (!from.active) return;
+  round.done_from |= bit(from.slot);
+  round.done[from.slot] = {header.a, header.b};
+  check_stable(round);
+}
+
+// Frames that say "I have begun": an observer follows, and forgets rounds the others have left.
+Round* Impl::heard_of(const Member& from, const Header& header, const RoundSpec& spec, double now) {
+  Tag& tag = tags[header.tag];
+  const char* why = "";
+  Round* round = hear(header.tag, header.seq, &why);
+  if (round == nullptr && header.seq > tag.next && !roles.self_active()) {
+    for (auto& [seq, old] : tag.rounds) {
+      if (seq + 1 < header.seq) end(old, Outcome::lost);
+    }
+    const auto previous = tag.rounds.find(header.seq - 1);
+    const bool kept = previous != tag.rounds.end() && !previous->second.begun;
+    tag.next = kept ? header.seq - 1 : header.seq;
+    round = &tag.rounds[header.seq];
+    round->tag = header.tag;
+    round->seq = header.seq;
+    round->parked_lost = true;  // frames of it may have been dropped as too far ahead
+  }
+  if (round == nullptr) return nullptr;
+  if (round->known && round->spec_digest != decotrain::spec_digest(spec)) {
+    same_spec(*round, from, header);
+    return nullptr;
+  }
+  if (!round->known) round->set_spec(spec);
+  if (!round->begun && !round->named_open) {
+    round->named_open = true;
+    event(EventKind::open, *round, from.peer, "");
+  }
+  if (!round->open && (!roles.self_active() || options.grace_s > 0.0)) open_round(*round, now);
+  return round;
+}
+
+// OPEN, and HAVE, which is an OPEN with bitmaps.
+void Impl::take_have(const Member& from, const Header& header, const Incoming& incoming,
+                     double now) {
+  const auto spec = unpack_spec({incoming.target, kSpecBytes});
+  const bool maps = header.type == FrameType::have;
+  const std::size_t map_bytes = maps && spec ? (chunk_count(*spec) + 7) / 8 : 0;
+  if (!spec || header.spec_digest != decotrain::spec_digest(*spec) ||
+      header.payload_bytes != kSpecBytes + 2 * map_bytes) {
+    events.push_back({EventKind::refused, header.tag, header.seq, from.peer, "a malformed OPEN"});
+    return;
+  }
+  Round* const round = heard_of(from, header, *spec, now);
+  if (round == nullptr) {
+    answer_closed(from, header);
+    return;
+  }
+  const bool first = (round->opened & bit(from.slot)) == 0;
+  round->opened |= bit(from.slot);
+  if (!round->open || round->settled) return;
+  if (!maps) {
+    if (first) offer_all(*round, from.slot);
+    return;
+  }
+  const std::byte* const results = incoming.target + kSpecBytes;
+  for (std::uint32_t c = 0; c < round->chunks.size(); ++c) {
+    Chunk& chunk = round->chunks[c];
+    chunk.holders =
+        test(results, c) ? chunk.holders | bit(from.slot) : chunk.holders & ~bit(from.slot);
+    if (chunk.owner == from.slot) chunk.owner_has_ours = test(results + map_bytes, c);
+  }
+  offer_all(*round, from.slot);
+  const Outgoing what{.type = FrameType::done, .tag = round->tag, .seq = round->seq};
+  if (round->skips) {
+    Outgoing skip = what;
+    skip.type = FrameType::contribution;
+    skip.skip = true;
+    say(from.slot, skip);
+  }
+  if (round->complete && roles.self_active()) say(from.slot, what);
+  if ((header.flags & kFlagReply) == 0) {
+    Outgoing reply = what;
+    reply.type = FrameType::have;
+    reply.reply = true;
+    say(from.slot, reply);
+  }
+}
+
+// Who asks for a round that is stable here lacks our DONE, or, as an observer, results.
+void Impl::answer_closed(const Member& from, const Header& header) {
+  Tag& tag = tags[header.tag];
+  say(from.slot, {.type = FrameType::done, .tag = header.tag, .seq = header.seq});
+  if (!tag.closed || tag.closed->seq != header.seq) return;
+  tag.closed->opened |= bit(from.slot);
+  offer_all(*tag.closed, from.slot);
+}
+
+}  // namespace decotrain

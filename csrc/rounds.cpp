@@ -1,0 +1,177 @@
+// Engine, the life of a round in one view: open, contribute, combine, complete, agree.
+#include <bit>
+#include <cstdio>
+
+#include "engine_impl.h"
+
+namespace decotrain {
+
+using Impl = Engine::Impl;
+
+void Impl::open_round(Round& round, double now) {
+  round.open = true;
+  if (!round.planned) round.lay_out_fresh(view, roles);
+  announce(round);
+  synchronise(round, now);
+  replay(round, now);
+}
+
+// Large rounds wait for this; small ones need it only where the specification is not known.
+void Impl::announce(Round& round) {
+  const bool everyone = !round.eager() || options.grace_s > 0.0 || round.parked_lost;
+  const SlotMask to = everyone ? roles.all : roles.all & ~roles.active;
+  const FrameType type = round.parked_lost ? FrameType::have : FrameType::open;
+  round.parked_lost = false;
+  say_to_all({.type = type, .tag = round.tag, .seq = round.seq}, to);
+}
+
+// Does and says everything that follows from what is known now; doing it twice does no harm.
+void Impl::synchronise(Round& round, double now) {
+  if (round.skips) {
+    round.skipped |= bit(roles.self);
+    SlotMask owners = 0;
+    for (const Chunk& chunk : round.chunks) {
+      if (!chunk.held) owners |= bit(chunk.owner);
+    }
+    say_to_all({.type = FrameType::contribution, .skip = true, .tag = round.tag, .seq = round.seq},
+               owners);
+  }
+  contribute_to_own(round);
+  for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
+    offer_contribution(round, c);
+    offer_result_to_all(round, c);
+  }
+  try_combine_all(round, now);
+}
+
+void Impl::contribute_to_own(Round& round) {
+  if (!round.contributes) return;
+  const SlotMask own = bit(roles.self);
+  for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
+    Chunk& chunk = round.chunks[c];
+    const bool ours_to_give =
+        round.spec.op != Op::collect || static_cast<std::uint8_t>(c) == roles.self;
+    if (chunk.owner != roles.self || chunk.held || !ours_to_give ||
+        ((chunk.received | chunk.waived) & own) != 0) {
+      continue;
+    }
+    chunk.received |= own;
+    chunk.contributions.push_back(
+        {roles.self, round.weight, round.contribution(c), round.snapshot.keep});
+  }
+}
+
+void Impl::try_combine(Round& round, std::uint32_t c, double now) {
+  Chunk& chunk = round.chunks[c];
+  if (chunk.owner != roles.self || chunk.held || chunk.fixed || !round.open || round.settled) {
+    return;
+  }
+  const SlotMask required = round.required(c, roles);
+  const SlotMask in = required & (chunk.received | chunk.waived | round.skipped);
+  if (in != required) {
+    const double share = static_cast<double>(std::popcount(in)) / std::popcount(required);
+    if (options.grace_s > 0.0 && share >= options.quorum && chunk.grace_at == kNever) {
+      chunk.grace_at = now + options.grace_s;
+      round.next_grace = std::min(round.next_grace, chunk.grace_at);
+    }
+    return;
+  }
+  if (!round.combine_chunk(c, roles, view.id)) {
+    event(EventKind::refused, round, self,
+          "the combined value of chunk " + std::to_string(c) + " is not finite: left empty");
+  }
+  offer_result_to_all(round, c);
+}
+
+void Impl::try_combine_all(Round& round, double now) {
+  for (std::uint32_t c = 0; c < round.chunks.size(); ++c) try_combine(round, c, now);
+  check_complete(round, now);
+}
+
+void Impl::check_complete(Round& round, double now) {
+  if (!round.open || round.missing > 0 || round.complete) return;
+  round.complete = true;
+  round.digest = round.compute_digest();
+  if (roles.self_active()) {
+    round.done_from |= bit(roles.self);
+    round.done[roles.self] = {round.digest, round.state_digest};
+    round.done_at = now;
+    say_to_all({.type = FrameType::done, .tag = round.tag, .seq = round.seq}, roles.all);
+  }
+  check_stable(round);
+}
+
+void Impl::check_stable(Round& round) {
+  if (!round.complete || round.settled) return;
+  if (round.stable_by_plan) {
+    end(round, Outcome::stable);
+    return;
+  }
+  if (roles.active == 0 || (roles.active & ~round.done_from) != 0) return;
+  bool equal = true;
+  std::uint64_t state = round.begun ? round.state_digest : 0;
+  for (SlotMask left = roles.active; left != 0; left &= left - 1) {
+    const DoneSaid& said = round.done[static_cast<std::size_t>(std::countr_zero(left))];
+    equal = equal && said.digest == round.digest;
+    if (state == 0) state = said.state;
+    equal = equal && (said.state == 0 || said.state == state);
+  }
+  if (equal) {
+    end(round, Outcome::stable);
+  } else {
+    name_diverged(round);
+  }
+}
+
+// One event for each peer outside the majority; one with peer 0 when there is none. All active
+// peers see the same DONEs and so name the same peers.
+void Impl::name_diverged(Round& round) {
+  if (round.named_diverged) return;
+  round.named_diverged = true;
+  std::string detail;
+  std::map<std::pair<std::uint64_t, std::uint64_t>, SlotMask> camps;
+  for (SlotMask left = roles.active; left != 0; left &= left - 1) {
+    const auto slot = static_cast<std::uint8_t>(std::countr_zero(left));
+    const DoneSaid& said = round.done[slot];
+    camps[{said.digest, said.state}] |= bit(slot);
+    char text[64];
+    std::snprintf(text, sizeof text, "%s%u=%016llx/%016llx", detail.empty() ? "" : ",",
+                  static_cast<unsigned>(slot), static_cast<unsigned long long>(said.digest),
+                  static_cast<unsigned long long>(said.state));
+    detail += text;
+  }
+  SlotMask majority = 0;
+  for (const auto& [said, camp] : camps) {
+    if (2 * std::popcount(camp) > std::popcount(roles.active)) majority = camp;
+  }
+  if (majority == 0) event(EventKind::diverged, round, 0, detail);
+  for (const Member& one : view.members) {
+    if (majority != 0 && one.active && (majority & bit(one.slot)) == 0) {
+      event(EventKind::diverged, round, one.peer, detail);
+    }
+  }
+}
+
+void Impl::waive_late(Round& round, double now) {
+  round.next_grace = kNever;
+  for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
+    Chunk& chunk = round.chunks[c];
+    if (chunk.held || chunk.owner != roles.self) continue;
+    if (chunk.grace_at > now) {
+      round.next_grace = std::min(round.next_grace, chunk.grace_at);
+      continue;
+    }
+    const SlotMask late =
+        round.required(c, roles) & ~(chunk.received | chunk.waived | round.skipped);
+    chunk.waived |= late;
+    for (const Member& one : view.members) {
+      if ((late & ~round.named_waived & bit(one.slot)) == 0) continue;
+      event(EventKind::waived, round, one.peer, "");
+    }
+    round.named_waived |= late;
+    try_combine(round, c, now);
+  }
+  check_complete(round, now);
+}
+
+}  // namespace decotrain

@@ -1,0 +1,292 @@
+// Engine, view changes: what FREEZE stops and reports, and how an INSTALL's plan becomes the state
+// of every open round (docs/protocol.md, "View changes").
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <set>
+#include <stdexcept>
+
+#include "engine_impl.h"
+
+namespace decotrain {
+
+using Impl = Engine::Impl;
+
+namespace {
+
+constexpr std::uint64_t kMaxPlanChunks = 1 << 20;
+constexpr std::uint64_t kMaxSeq = std::uint64_t{1} << 62;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("install: ") + what);
+}
+
+Roles check_view(const View& view) {
+  require(view.id != 0, "the view has no id");
+  require(view.members.size() <= kMaxPeers, "too many members");
+  Roles roles;
+  std::set<PeerId> peers;
+  int last = -1;
+  for (const Member& one : view.members) {
+    require(one.slot < kMaxPeers && one.slot > last, "slots are not ascending");
+    require(one.peer != 0 && peers.insert(one.peer).second, "peer ids are not distinct");
+    require(std::isfinite(one.share) && one.share >= 0.0 && one.share <= 1e9, "a share is bad");
+    last = one.slot;
+    roles.all |= bit(one.slot);
+    if (one.active) roles.active |= bit(one.slot);
+  }
+  return roles;
+}
+
+void check_chunk(const ChunkPlan& chunk, const RoundPlan& round, const Roles& roles, ViewId view) {
+  if (chunk.kind == ChunkPlan::Kind::owner) {
+    const bool nobody = chunk.owner == kNoSlot && roles.active == 0;
+    require(nobody || (roles.active & bit(chunk.owner)) != 0, "an owner is not active");
+    return;
+  }
+  require(chunk.kind == ChunkPlan::Kind::value, "a chunk's kind is unknown");
+  require(chunk.born != 0 && chunk.born < view, "a value was not born in an older view");
+  require((chunk.holders & ~roles.all) == 0, "a holder is no member");
+  require(chunk.holders != 0 || round.stable, "a value has no holder");
+}
+
+// Everything an INSTALL says comes from the network: sizes, slots and numbers are checked here.
+void check(const Install& plan) {
+  const Roles roles = check_view(plan.view);
+  require((plan.reported & ~roles.all) == 0, "a reporter is no member");
+  std::set<std::uint32_t> tags;
+  for (const TagPlan& tag : plan.tags) {
+    require(tag.tag < kMaxTags && tags.insert(tag.tag).second, "a tag is bad or named twice");
+    require(tag.stable >= -1 && tag.stable < static_cast<std::int64_t>(kMaxSeq), "a bad round");
+  }
+  std::set<std::pair<std::uint32_t, std::uint64_t>> rounds;
+  std::uint64_t chunks = 0;
+  for (const RoundPlan& round : plan.rounds) {
+    require(round.tag < kMaxTags && round.seq < kMaxSeq, "a bad round");
+    require(rounds.insert({round.tag, round.seq}).second, "a round is named twice");
+    require(*fault(round.spec) == '\0', fault(round.spec));
+    require(round.chunks.size() == chunk_count(round.spec), "a wrong number of chunks");
+    chunks += round.chunks.size();
+    require(chunks <= kMaxPlanChunks, "too many chunks");
+    for (const ChunkPlan& chunk : round.chunks) check_chunk(chunk, round, roles, plan.view.id);
+  }
+}
+
+}  // namespace
+
+Report Impl::freeze(FreezeId id) {
+  // A FREEZE that the installed view has answered, or an older one, arrives late: it stops nothing.
+  if (id > answered && id >= newest_freeze) {
+    newest_freeze = id;
+    frozen = true;
+    for (PeerQueue& queue : queues) queue.clear();
+  }
+  Report report;
+  report.installed = view.id;
+  report.declared = declared;
+  for (const auto& [tag_id, tag] : tags) {
+    TagReport one;
+    one.tag = tag_id;
+    one.state = !declared || tag.state;
+    one.covered = tag.covered();
+    for (const StableRound& stable : tag.stable) one.stable.emplace_back(stable.seq, stable.digest);
+    report.tags.push_back(std::move(one));
+    for (const auto& [seq, round] : tag.rounds) {
+      if (round.known && !round.settled) report.rounds.push_back(round.report());
+    }
+  }
+  return report;
+}
+
+bool Impl::install(const Install& plan, double now) {
+  check(plan);
+  if (!frozen || plan.answers != newest_freeze || plan.view.id <= view.id) return false;
+  const bool was_active = roles.self_active();
+  view = plan.view;
+  adopt_roles();
+  frozen = false;
+  answered = plan.answers;
+  for (PeerQueue& queue : queues) queue.clear();
+  if (roles.self == kNoSlot) {
+    leave_all();
+    return true;
+  }
+  std::map<std::uint32_t, TagPlan> tag_plans;
+  for (const TagPlan& one : plan.tags) tag_plans[one.tag] = one;
+  std::set<std::pair<std::uint32_t, std::uint64_t>> planned;
+  for (const RoundPlan& one : plan.rounds) planned.insert({one.tag, one.seq});
+  for (const auto& [id, one] : tag_plans) tags[id];
+  for (auto& [id, tag] : tags) {
+    const auto found = tag_plans.find(id);
+    const TagPlan tag_plan = found == tag_plans.end() ? TagPlan{id, -1, 0} : found->second;
+    tag_plans[id] = tag_plan;
+    install_tag(id, tag, tag_plan);
+    for (auto& [seq, round] : tag.rounds) {
+      if (planned.count({id, seq}) == 0) install_unplanned(round, tag_plan);
+    }
+  }
+  for (const RoundPlan& one : plan.rounds) install_round(one);
+  settle_all();
+  for (auto& [id, tag] : tags) {
+    tag.next = static_cast<std::uint64_t>(tag_plans[id].stable + 1);
+    for (auto& [seq, round] : tag.rounds) {
+      adopt_role(round, was_active);
+      if (round.begun || round.skips) tag.next = std::max(tag.next, seq + 1);
+    }
+    for (auto& [seq, round] : tag.rounds) resume(round, now);
+  }
+  return true;
+}
+
+// Our own history against the plan's: having returned a round that the others redo, or with other
+// bits, makes our branch void (V11).
+void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan) {
+  tag.closed.reset();
+  if (tag.stable.empty()) return;
+  const StableRound& last = tag.stable.back();
+  const auto seq = static_cast<std::int64_t>(last.seq);
+  const bool differs = seq == plan.stable && plan.digest != 0 && plan.digest != last.digest;
+  if (seq <= plan.stable && !differs) return;
+  events.push_back({EventKind::diverged, id, last.seq, self,
+                    "we returned a round that the view does not know: our state is void"});
+  tag.applied = -1;
+  tag.run_first = 0;
+  tag.run_last = -1;
+  tag.stable.clear();
+  std::erase_if(tag.results, [](const auto& one) { return !one.second.begun; });
+}
+
+// A round of ours that the plan does not name: settled by the others, or still to be run.
+void Impl::install_unplanned(Round& round, const TagPlan& plan) {
+  const auto seq = static_cast<std::int64_t>(round.seq);
+  if (seq <= plan.stable) {
+    const bool proven = round.complete && seq == plan.stable && round.digest == plan.digest;
+    end(round, proven ? Outcome::stable : Outcome::lost);
+    return;
+  }
+  if (!round.begun) {
+    round.settled = true;  // nobody alive has begun it: it is heard of again when someone does
+    to_settle.emplace_back(round.tag, round.seq);
+    return;
+  }
+  round.open = false;
+  round.planned = false;
+  round.stable_by_plan = false;
+  round.complete = false;
+  round.skipped = 0;
+  round.chunks.clear();
+  round.results.reset();  // whoever still writes to it keeps it
+}
+
+void Impl::install_round(const RoundPlan& plan) {
+  Tag& tag = tags[plan.tag];
+  const auto seq = static_cast<std::int64_t>(plan.seq);
+  if (seq >= tag.run_first && seq <= tag.run_last) return;  // stable and in our hands
+  const auto found = tag.rounds.find(plan.seq);
+  if (found == tag.rounds.end() && plan.stable && seq <= tag.applied) return;
+  Round& round = tag.rounds[plan.seq];
+  round.tag = plan.tag;
+  round.seq = plan.seq;
+  if (round.known && round.spec != plan.spec) {
+    event(EventKind::spec_mismatch, round, self, "the view runs it with another specification");
+    end(round, Outcome::lost);
+    return;
+  }
+  if (!round.known) round.set_spec(plan.spec);
+  if (round.chunks.empty()) {
+    round.chunks.resize(plan.chunks.size());
+    round.missing = static_cast<std::uint32_t>(plan.chunks.size());
+  }
+  round.planned = true;
+  round.stable_by_plan = plan.stable;
+  round.complete = false;
+  round.remember(view);
+  bool possible = true;
+  for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
+    possible = install_chunk(round, c, plan.chunks[c]) && possible;
+  }
+  if (!possible) end(round, Outcome::lost);
+}
+
+// False when the chunk's value is the view's and nobody has it any more. A value that is not the
+// plan's goes; one that is may stay even if our report was not heard (V3: the digest decides).
+bool Impl::install_chunk(Round& round, std::uint32_t c, const ChunkPlan& plan) {
+  Chunk& chunk = round.chunks[c];
+  const SlotMask own = bit(roles.self);
+  chunk.result_queued = 0;
+  chunk.contribution_queued = false;
+  chunk.grace_at = kNever;
+  chunk.sender = kNoSlot;
+  chunk.holders = 0;
+  chunk.owner_has_ours = false;
+  const bool value = plan.kind == ChunkPlan::Kind::value;
+  if (!value || chunk.digest != plan.digest || chunk.contributors != plan.contributors) {
+    round.drop_value(c);
+  }
+  chunk.fixed = value;
+  chunk.owner = value ? kNoSlot : plan.owner;
+  if (chunk.owner != roles.self) {
+    chunk.contributions.clear();
+    chunk.received = 0;
+    chunk.waived = 0;
+  }
+  if (value) {
+    chunk.digest = plan.digest;
+    chunk.born = plan.born;
+    chunk.contributors = plan.contributors;
+    chunk.holders = plan.holders;
+    if (plan.holders != 0) {
+      chunk.sender = static_cast<std::uint8_t>(std::countr_zero(plan.holders));
+    }
+    if (!chunk.held && (plan.holders & own) != 0) round.parked_lost = true;
+    return chunk.held || plan.holders != 0;
+  }
+  chunk.digest = 0;
+  chunk.born = 0;
+  chunk.contributors = 0;
+  if (chunk.owner == roles.self) {
+    chunk.received = 0;
+    for (const HeldContribution& one : chunk.contributions) chunk.received |= bit(one.slot);
+    if ((plan.received & ~chunk.received) != 0) round.parked_lost = true;  // ask again
+  } else {
+    chunk.owner_has_ours = (plan.received & own) != 0;
+  }
+  return true;
+}
+
+// A newly active peer has not computed from the view's state: it skips what is open (V5).
+void Impl::adopt_role(Round& round, bool was_active) {
+  if (!roles.self_active()) {
+    round.contributes = false;
+    round.skips = false;
+  } else if (!was_active) {
+    round.contributes = false;
+    round.skips = round.planned || round.begun;
+  }
+}
+
+void Impl::resume(Round& round, double now) {
+  parked_bytes -= round.parked_bytes;
+  round.parked_bytes = 0;
+  round.parked.clear();
+  round.opened = 0;
+  round.done_from = 0;
+  round.done_at = kNever;
+  round.next_grace = kNever;
+  round.named_late = 0;
+  round.named_diverged = false;
+  round.open = false;
+  if (!round.known) return;
+  if (round.begun || round.skips || !roles.self_active() || options.grace_s > 0.0) {
+    open_round(round, now);
+  }
+}
+
+void Impl::leave_all() {
+  for (auto& [id, tag] : tags) {
+    tag.closed.reset();
+    for (auto& [seq, round] : tag.rounds) end(round, Outcome::left);
+  }
+}
+
+}  // namespace decotrain
