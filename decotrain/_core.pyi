@@ -102,6 +102,34 @@ class Engine:
 
     def take_events(self) -> list: ...
 
+def codec_bytes(codec: str, elements: int) -> int:
+    """Bytes of so many encoded values."""
+
+def codec_pair(name: str) -> tuple[str, str]:
+    """(contribution, result) codecs of a name such as 'int8' or 'e2m1+int8'."""
+
+def codec_encode(codec: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+    """Encodes flat float32 values; False when one is NaN or infinite."""
+
+def codec_encode_with_feedback(codec: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], residual: Annotated[NDArray, dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+    """
+    Encodes y = values + residual and leaves y - decode(encode(y)) in the residual
+    (float32, bfloat16, or uint16 that holds bfloat16); False, with the residual as before,
+    when a sum is NaN or infinite.
+    """
+
+def codec_decode(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+    """Decodes into flat float32; False when the bytes are no valid encoding."""
+
+def codec_valid(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], elements: int) -> bool:
+    """True when the bytes are a valid encoding of so many finite values."""
+
+def codec_combine(rule: str, codec: str, contributions: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], weights: Sequence[float], elements: int, result_codec: str, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], parameter: float = 0.0) -> bool:
+    """
+    Combines encoded contributions in the order given into one encoded result; False when
+    the value is not finite or the rule's parameter is wrong.
+    """
+
 def spsa_perturb(theta: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray, dict(shape=(None,), order='C', device='cpu')], key: int, c2: int, c3: int, epsilon: float, first: int = 0, noise: str = 'rademacher') -> None:
     """
     out = cast(theta + epsilon * z). theta is flat float32, out float32, bfloat16 or float16;
@@ -121,7 +149,7 @@ def spsa_magnitudes() -> list:
     """The 128 magnitudes of the one-byte code."""
 
 def simd() -> str:
-    """The SIMD level in use: scalar, avx2 or avx512."""
+    """The SIMD level in use: scalar, avx2, avx512 or neon."""
 
 def set_simd(level: str) -> str:
     """

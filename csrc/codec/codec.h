@@ -6,7 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <string_view>
+#include <utility>
 
 namespace decotrain {
 
@@ -25,11 +28,27 @@ constexpr std::uint8_t kCodecCount = 7;
 enum class Rule : std::uint8_t { mean = 0, sum = 1, median = 2, trimmed_mean = 3, norm_clip = 4 };
 constexpr std::uint8_t kRuleCount = 5;
 
+// "int8" and so on; nothing when there is no such codec or rule.
+const char* codec_name(Codec codec);
+std::optional<Codec> codec_named(std::string_view name);
+const char* rule_name(Rule rule);
+std::optional<Rule> rule_named(std::string_view name);
+
+// A pair "e2m1+int8": contributions and results; one name is both.
+std::optional<std::pair<Codec, Codec>> codec_pair_named(std::string_view name);
+
 // Bytes of `elements` encoded values. Exact: a frame of any other length is refused.
 std::size_t encoded_bytes(Codec codec, std::size_t elements);
 
 // Encodes; false when a value is NaN or infinite (out is then unspecified).
 bool encode(Codec codec, std::span<const float> values, std::byte* out);
+
+// Encodes y = values + residual and leaves y - decode(encode(y)) in the residual (f32, or the bits
+// of bf16); false, and the residual is as before, when a sum is NaN or infinite.
+bool encode_with_feedback(Codec codec, std::span<const float> values, std::span<float> residual,
+                          std::byte* out);
+bool encode_with_feedback(Codec codec, std::span<const float> values,
+                          std::span<std::uint16_t> residual, std::byte* out);
 
 // Decodes exactly encoded_bytes(codec, out.size()) bytes; false when the bytes are no valid
 // encoding (a NaN, an infinite or negative scale ...): out is then unspecified.

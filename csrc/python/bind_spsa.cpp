@@ -105,10 +105,10 @@ nb::list magnitudes() {
 
 decotrain::Simd level_of(const std::string& name) {
   using decotrain::Simd;
-  for (const Simd level : {Simd::scalar, Simd::avx2, Simd::avx512}) {
+  for (const Simd level : {Simd::scalar, Simd::avx2, Simd::avx512, Simd::neon}) {
     if (name == decotrain::simd_name(level)) return level;
   }
-  bad("a SIMD level is 'scalar', 'avx2' or 'avx512', not '" + name + "'");
+  bad("a SIMD level is 'scalar', 'avx2', 'avx512' or 'neon', not '" + name + "'");
 }
 
 }  // namespace
@@ -127,7 +127,7 @@ void bind_spsa(nb::module_& m) {
   m.def("spsa_magnitudes", &magnitudes, "The 128 magnitudes of the one-byte code.");
   m.def(
       "simd", [] { return std::string(decotrain::simd_name(decotrain::simd())); },
-      "The SIMD level in use: scalar, avx2 or avx512.");
+      "The SIMD level in use: scalar, avx2, avx512 or neon.");
   m.def(
       "set_simd",
       [](const std::string& name) {

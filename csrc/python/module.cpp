@@ -4,10 +4,12 @@
 namespace nb = nanobind;
 
 void bind_engine(nb::module_& m);
+void bind_codec(nb::module_& m);
 void bind_spsa(nb::module_& m);
 
 NB_MODULE(_core, m) {
   m.doc() = "decotrain's collective core";
   bind_engine(m);
+  bind_codec(m);
   bind_spsa(m);
 }

@@ -1,0 +1,148 @@
+// Bindings of csrc/codec: flat buffers in and out. Checks names and lengths; the GIL is released
+// while a kernel runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "codec/codec.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using decotrain::Codec;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using BytesOut = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Residual = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
+
+Codec codec_of(const std::string& name) {
+  const auto codec = decotrain::codec_named(name);
+  if (!codec) bad("there is no codec '" + name + "'");
+  return *codec;
+}
+
+void check_bytes(Codec codec, std::size_t elements, std::size_t bytes) {
+  const std::size_t wanted = decotrain::encoded_bytes(codec, elements);
+  if (bytes != wanted) {
+    bad(std::to_string(elements) + " values of " + decotrain::codec_name(codec) + " take " +
+        std::to_string(wanted) + " bytes, not " + std::to_string(bytes));
+  }
+}
+
+const std::byte* raw(const Bytes& bytes) {
+  return reinterpret_cast<const std::byte*>(bytes.data());
+}
+std::byte* raw(const BytesOut& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
+
+bool encode(const std::string& name, const Floats& values, const BytesOut& out) {
+  const Codec codec = codec_of(name);
+  check_bytes(codec, values.size(), out.size());
+  const std::span<const float> from(values.data(), values.size());
+  const nb::gil_scoped_release release;
+  return decotrain::encode(codec, from, raw(out));
+}
+
+bool encode_with_feedback(const std::string& name, const Floats& values, const Residual& residual,
+                          const BytesOut& out) {
+  const Codec codec = codec_of(name);
+  check_bytes(codec, values.size(), out.size());
+  if (residual.size() != values.size()) bad("the residual has another length than the values");
+  const std::span<const float> from(values.data(), values.size());
+  using Code = nb::dlpack::dtype_code;
+  const auto code = static_cast<Code>(residual.dtype().code);
+  const bool full = code == Code::Float && residual.dtype().bits == 32;
+  const bool half = code != Code::Float && residual.dtype().bits == 16;
+  if (!full && !half) bad("the residual is float32, bfloat16, or uint16 that holds bfloat16");
+  void* data = residual.data();
+  const nb::gil_scoped_release release;
+  if (full) {
+    return decotrain::encode_with_feedback(
+        codec, from, std::span(static_cast<float*>(data), from.size()), raw(out));
+  }
+  return decotrain::encode_with_feedback(
+      codec, from, std::span(static_cast<std::uint16_t*>(data), from.size()), raw(out));
+}
+
+bool decode(const std::string& name, const Bytes& bytes, const FloatsOut& out) {
+  const Codec codec = codec_of(name);
+  check_bytes(codec, out.size(), bytes.size());
+  const std::span<float> to(out.data(), out.size());
+  const nb::gil_scoped_release release;
+  return decotrain::decode(codec, raw(bytes), to);
+}
+
+bool valid(const std::string& name, const Bytes& bytes, std::size_t elements) {
+  const Codec codec = codec_of(name);
+  if (bytes.size() != decotrain::encoded_bytes(codec, elements)) return false;
+  const nb::gil_scoped_release release;
+  return decotrain::valid(codec, raw(bytes), elements);
+}
+
+bool combine(const std::string& rule_text, const std::string& name,
+             const std::vector<Bytes>& contributions, const std::vector<float>& weights,
+             std::size_t elements, const std::string& result_name, const BytesOut& out,
+             float parameter) {
+  const Codec codec = codec_of(name);
+  const Codec result = codec_of(result_name);
+  const auto rule = decotrain::rule_named(rule_text);
+  if (!rule) bad("there is no rule '" + rule_text + "'");
+  if (contributions.size() != weights.size()) bad("every contribution has one weight");
+  std::vector<decotrain::Contribution> from;
+  for (std::size_t k = 0; k < contributions.size(); ++k) {
+    check_bytes(codec, elements, contributions[k].size());
+    from.push_back({raw(contributions[k]), weights[k]});
+  }
+  check_bytes(result, elements, out.size());
+  const nb::gil_scoped_release release;
+  return decotrain::combine(*rule, parameter, codec, from, elements, result, raw(out));
+}
+
+std::pair<std::string, std::string> codec_pair(const std::string& name) {
+  const auto pair = decotrain::codec_pair_named(name);
+  if (!pair) {
+    bad("codec '" + name +
+        "' is neither a codec (f32, bf16, f16, int8, e2m1, e3m0, int2) nor a "
+        "pair of two, contributions + results");
+  }
+  return {decotrain::codec_name(pair->first), decotrain::codec_name(pair->second)};
+}
+
+}  // namespace
+
+void bind_codec(nb::module_& m) {
+  m.def(
+      "codec_bytes",
+      [](const std::string& name, std::size_t n) {
+        return decotrain::encoded_bytes(codec_of(name), n);
+      },
+      "codec"_a, "elements"_a, "Bytes of so many encoded values.");
+  m.def("codec_pair", &codec_pair, "name"_a,
+        "(contribution, result) codecs of a name such as 'int8' or 'e2m1+int8'.");
+  m.def("codec_encode", &encode, "codec"_a, "values"_a, "out"_a,
+        "Encodes flat float32 values; False when one is NaN or infinite.");
+  m.def("codec_encode_with_feedback", &encode_with_feedback, "codec"_a, "values"_a, "residual"_a,
+        "out"_a,
+        "Encodes y = values + residual and leaves y - decode(encode(y)) in the residual\n"
+        "(float32, bfloat16, or uint16 that holds bfloat16); False, with the residual as before,\n"
+        "when a sum is NaN or infinite.");
+  m.def("codec_decode", &decode, "codec"_a, "data"_a, "out"_a,
+        "Decodes into flat float32; False when the bytes are no valid encoding.");
+  m.def("codec_valid", &valid, "codec"_a, "data"_a, "elements"_a,
+        "True when the bytes are a valid encoding of so many finite values.");
+  m.def("codec_combine", &combine, "rule"_a, "codec"_a, "contributions"_a, "weights"_a,
+        "elements"_a, "result_codec"_a, "out"_a, "parameter"_a = 0.0f,
+        "Combines encoded contributions in the order given into one encoded result; False when\n"
+        "the value is not finite or the rule's parameter is wrong.");
+}
