@@ -74,7 +74,7 @@ def test_an_untrained_model_knows_nothing_and_learns_something() -> None:
     text = torch.tensor(list(b"abcabcabcabca" * 4)).view(4, 13)
     assert abs(loss_of(model, text).item() - math.log(256)) < 0.3
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(200):
         loss_of(model, text).backward()
         optimizer.step()
         optimizer.zero_grad()

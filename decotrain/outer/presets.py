@@ -23,6 +23,7 @@ def DiLoCo(
     lr: float = 0.7,
     momentum: float = 0.9,  # 0.6 when the run has fewer than 100 rounds
     codec: str = "f32",
+    error_feedback: bool = False,
     state: dict[str, Any] | None = None,
 ) -> OuterOptimizer:
     """Everything every `sync_every` steps, Nesterov outside, replace (arXiv 2311.08105)."""
@@ -31,7 +32,7 @@ def DiLoCo(
         optimizer,
         comm,
         schedule=EveryH(sync_every),
-        codec=CodecChoice.named(codec),
+        codec=CodecChoice.named(codec, error_feedback),
         update=Nesterov(lr, momentum),
         state=state,
     )

@@ -1,0 +1,172 @@
+"""Checkpoints: folders that are there whole or not at all, and are checked when read.
+
+    <folder>/round-000120/model.safetensors     what to use: the outer parameters, by name
+                          state.safetensors     what a resume needs beside it
+                          meta.json             facts, and the SHA-256 of both files
+
+Written beside the final place, flushed to disk, then renamed. No pickle: nothing in a checkpoint is
+ever executed. It does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from decotrain.errors import FileError
+
+FORMAT = 1
+META = "meta.json"
+META_BYTES_MAX = 16 << 20
+NAME = re.compile(r"round-(\d{1,12})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved."""
+
+    path: Path
+    round_number: int
+    model: dict[str, Tensor]
+    state: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def write(
+    folder: Path,
+    round_number: int,
+    model: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Saves a checkpoint and removes all but the newest `keep`."""
+    final = folder / f"round-{round_number:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        try:
+            digests = {}
+            for name, tensors in (("model", model), ("state", state)):
+                data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+                digests[name] = hashlib.sha256(data).hexdigest()
+                _write_file(temporary / f"{name}.safetensors", data)
+            facts = {"format": FORMAT, "round": round_number, "sha256": digests, "meta": meta}
+            _write_file(temporary / META, json.dumps(facts, indent=1).encode())
+            _flush_folder(temporary)
+            if final.exists():  # the same round again, after a resume: it takes the old one's place
+                final.rename(temporary / "old")
+                shutil.rmtree(temporary / "old")
+            temporary.rename(final)
+            _flush_folder(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for _, old in _found(folder)[keep:]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise FileError(
+            f"checkpoint {final} cannot be written: {error.strerror or error}"
+        ) from error
+    return final
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint at this path; FileError when any of it is torn or foreign."""
+    try:
+        if (path / META).stat().st_size > META_BYTES_MAX:
+            raise FileError(f"{path / META} is too large to be ours")
+        facts = json.loads((path / META).read_bytes())
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            raise FileError(f"checkpoint {path} has another format than {FORMAT}")
+        parts = {}
+        for name in ("model", "state"):
+            data = (path / f"{name}.safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != facts["sha256"][name]:
+                raise FileError(f"checkpoint {path} is torn: {name}.safetensors has changed")
+            parts[name] = load(data)
+        return Checkpoint(path, int(facts["round"]), parts["model"], parts["state"], facts["meta"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FileError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in the folder that can be read, or None."""
+    for _, path in _found(folder):
+        try:
+            return read(path)
+        except FileError:
+            continue
+    return None
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """(round, path), newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(NAME.match(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the state of a torch optimizer, without pickle
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts): an optimizer's state_dict with its tensors apart."""
+    saved = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for number, entries in saved["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"inner.{number}.{key}"] = value
+            else:
+                values.setdefault(str(number), {})[key] = value
+    return tensors, {"groups": saved["param_groups"], "values": values}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Puts back what `pack_optimizer` gave. Hyper-parameters stay the optimizer's own."""
+    state: dict[int, dict[str, Any]] = {
+        int(number): dict(values) for number, values in facts["values"].items()
+    }
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "inner":
+            number, _, key = rest.partition(".")
+            state.setdefault(int(number), {})[key] = tensor
+    known = [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]
+    if known != [len(group["params"]) for group in facts["groups"]]:
+        raise FileError("the checkpoint's inner optimizer has other parameter groups than this one")
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

@@ -1,0 +1,247 @@
+"""The command line: `decotrain train`, `coordinator`, `status`.
+
+Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
+input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from decotrain import __version__
+from decotrain.errors import ConfigError, Error
+from decotrain.parent import end_with_parent
+
+HELP = """\
+decotrain: train one model on machines that share nothing but the internet
+
+  decotrain train [key=value ...]      several peers on this machine train a model on a text
+  decotrain coordinator --listen HOST:PORT
+                                       the process that decides who is in a run
+  decotrain status HOST:PORT           who is in, and how they are
+  decotrain --version
+
+`decotrain COMMAND --help` says more.
+"""
+
+TRAIN_HELP = """\
+decotrain train [-m] [key=value ...]
+
+Starts a coordinator and some peers on this machine. Together they train one byte-level language
+model, and exchange what they learned only now and then. Any peer may be killed: the others go on.
+
+  decotrain train                                      3 peers, Python's own sources as text
+  decotrain train peers=4 outer.sync_every=50          other numbers
+  decotrain train data.path=/some/folder               any text file, folder or glob
+  decotrain train baseline=true                        compare with one peer alone
+  decotrain train name=first resume=auto               go on from the newest checkpoint
+  decotrain train -m outer.lr=0.4,0.7                  a sweep: one run for each value
+  decotrain train --cfg job                            show the configuration and stop
+
+Keys (hydra syntax; groups are chosen by name, e.g. model=tiny, codec=int8):
+"""
+FLAGS = {"-m": 0, "--multirun": 0, "--resolve": 0, "--cfg": 1, "-c": 1, "--config-dir": 1, "-cd": 1}
+MESSAGE_MAX = 400
+EVENTS_SHOWN = 8
+
+
+def configs() -> Path:
+    """configs/: in the package when installed, at the top of a source tree otherwise."""
+    here = Path(__file__).resolve().parent
+    for place in (here / "configs", here.parent / "configs"):
+        if (place / "train.yaml").is_file():
+            return place
+    raise ConfigError(f"configs/ is missing beside {here}; install decotrain again")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": train, "coordinator": coordinator, "status": status}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        print(f"decotrain {__version__}")
+        return 0
+    try:
+        if words[0] not in commands:
+            raise ConfigError(
+                f"unknown command {words[0]!r}; there are {', '.join(commands)} (decotrain --help)"
+            )
+        return commands[words[0]](words[1:])
+    except ConfigError as error:
+        return _fail(error, 2)
+    except Error as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"decotrain: {_one_line(str(error))}", file=sys.stderr)
+    return code
+
+
+def _one_line(text: str) -> str:
+    """A message without its second thoughts: hydra's run over many lines."""
+    text = re.split(r"\n\s*(?:full_key|Config search path|To append)|\nSee https?://", text)[0]
+    text = text.removeprefix("decotrain: ")
+    if found := re.match(r"Could not override '(.+)'\.$", text.strip()):
+        return f"unknown key {found[1]}; `decotrain train --help` lists the keys"
+    line = re.sub(r"\s*\n\s*", "; ", text.strip()).replace(":;", ":")
+    return line if len(line) <= MESSAGE_MAX else line[:MESSAGE_MAX] + " ..."
+
+
+# --- train
+
+
+def train(words: list[str]) -> int:
+    """hydra composes the configuration; each job of a sweep is a run of its own, in sequence."""
+    if any(word in ("-h", "--help") for word in words):
+        print(TRAIN_HELP + "\n" + (configs() / "train.yaml").read_text(encoding="utf-8"), end="")
+        return 0
+    words = _flags_first(words)
+    try:
+        import hydra
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install decotrain") from error
+    codes: list[int] = []
+
+    def job(config: Any) -> None:
+        try:
+            code = _train_job(config)
+        except Error as error:  # else hydra would wrap it, and go on with the sweep
+            raise SystemExit(_fail(error, 2 if isinstance(error, ConfigError) else 1)) from None
+        codes.append(code)
+        if code:
+            raise SystemExit(code)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing several lines
+    sys.argv = ["decotrain train", *words]
+    try:
+        hydra.main(version_base="1.3", config_path=str(configs()), config_name="train")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; choose another folder") from error
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 1
+    return max(codes, default=0)
+
+
+def _flags_first(words: list[str]) -> list[str]:
+    """hydra takes `a=1 b=2 -m`, but not `a=1 -m b=2`."""
+    flags, rest, left = [], [], iter(words)
+    for word in left:
+        if not word.startswith("-"):
+            rest.append(word)
+            continue
+        name = word.partition("=")[0]
+        if name not in FLAGS:
+            raise ConfigError(f"unknown option {word}; there are {', '.join(sorted(FLAGS))}")
+        flags.append(word)
+        if FLAGS[name] and "=" not in word:
+            flags += [value for value in [next(left, None)] if value is not None]
+            if flags[-1] == word:
+                raise ConfigError(f"{word} needs a value, for example --cfg job")
+    return flags + rest
+
+
+def _train_job(config: Any) -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from decotrain.train.launcher import Launcher, newest_run
+    from decotrain.train.settings import parse
+
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    composed = {str(key): value for key, value in container.items()}
+    made = Path(HydraConfig.get().runtime.output_dir)
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        settings, folder = parse(composed), made
+        named = any(override.startswith("name=") for override in overrides)
+        if settings.resume == "auto" and not named:
+            found = newest_run(Path(settings.folder).expanduser().absolute())
+            if found is not None:
+                settings, folder = parse({**composed, "name": found.name}), found
+        return Launcher(settings, folder, overrides).run()
+    finally:
+        if made.is_dir() and not any(made.iterdir()):
+            made.rmdir()  # hydra made it, for a run that was not to be
+
+
+# --- coordinator, status
+
+
+def coordinator(words: list[str]) -> int:
+    """Serves until it is ended."""
+    parser = argparse.ArgumentParser(prog="decotrain coordinator", description=coordinator.__doc__)
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:29400",
+        metavar="HOST:PORT",
+        help="port 0 takes any free one; the first line printed says which",
+    )
+    parser.add_argument("--run", default="default", help="name of the run")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="where the durable record lies; a restart goes on from it",
+    )
+    parser.add_argument("--min-peers", type=int, default=0, help="the first view waits for so many")
+    parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args(words)
+    if asked.with_parent:
+        end_with_parent()
+    from decotrain.control.coordinator import Options
+    from decotrain.control.server import serve
+
+    options = Options(run=asked.run, min_peers=asked.min_peers or None)
+    return serve(asked.listen, options, asked.record, lambda line: print(line, flush=True))
+
+
+def status(words: list[str]) -> int:
+    """Who is in a run."""
+    parser = argparse.ArgumentParser(prog="decotrain status", description=status.__doc__)
+    parser.add_argument("address", metavar="HOST:PORT", help="of the coordinator")
+    parser.add_argument("--run", default="", help="name of the run; whichever is there without it")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    asked = parser.parse_args(words)
+    from decotrain.control.client import status as ask
+
+    known = ask(asked.address, asked.run)
+    if asked.json:
+        print(json.dumps(known, indent=1))
+        return 0
+    print(
+        f"run {known['run']} at {asked.address}: view {known['term']}.{known['epoch']},"
+        f" {known['phase']}, waiting for {known['waiting_for']} more"
+    )
+    for peer in known["peers"]:
+        figures = " ".join(f"{key}={_short(value)}" for key, value in peer["figures"].items())
+        slot = "-" if peer["slot"] is None else peer["slot"]
+        print(f"  {slot:>2} {peer['name']:<20} {peer['role']:<10} {peer['state']:<6} {figures}")
+    for event in known["events"][-EVENTS_SHOWN:]:
+        print(f"  {event.get('kind', '')}: {event.get('text', '')}")
+    return 0
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

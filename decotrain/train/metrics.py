@@ -1,0 +1,98 @@
+"""Figures on their way: peers write journals, the launcher reads them and keeps the run's log.
+
+- `Journal`: one JSON object for each line, appended and flushed, by one process.
+- `Tail`: what others have appended to a journal since the last look; half lines wait.
+- `RunLog`: everything that happened in a run, in one JSONL file and as TensorBoard scalars.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+Event = dict[str, Any]
+LINE_BYTES_MAX = 1 << 20
+
+
+class Journal:
+    """Appends events to a file; each has `event` (its kind) and `time_s` (of the wall clock)."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> Event:
+        line = {"time_s": round(time.time(), 3), "event": event, **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        return line
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Tail:
+    """Reads a journal from where it was, or from its present end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> Iterator[Event]:
+        """Whole lines since the last call. A line that is no event is left out."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        end = data.rfind(b"\n") + 1
+        self._at += end
+        for line in data[:end].splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:  # torn by a kill in the middle of a write
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                yield event
+
+
+class RunLog:
+    """The log of a run. TensorBoard is imported when the first scalar comes."""
+
+    SCALARS = ("loss", "held_out", "tokens_per_s", "sync_fraction", "sent_bytes", "lr")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._journal = Journal(folder / "events.jsonl")
+        self._writers: dict[str, Any] = {}
+
+    def note(self, event: str, **values: Any) -> None:
+        """Something the launcher itself saw."""
+        self._journal.write(event, **values)
+
+    def take(self, peer: str, event: Event) -> None:
+        """Something a peer said."""
+        values = {key: value for key, value in event.items() if key not in ("event", "time_s")}
+        self._journal.write(event["event"], peer=peer, said_s=event.get("time_s"), **values)
+        step = event.get("step")
+        if not isinstance(step, int):
+            return
+        for key in self.SCALARS:
+            if isinstance(event.get(key), int | float):
+                self._writer(peer).add_scalar(key, event[key], step, event.get("time_s"))
+
+    def _writer(self, peer: str) -> Any:
+        if peer not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._folder / "tensorboard" / peer.replace(" ", "-")
+            self._writers[peer] = SummaryWriter(str(folder), flush_secs=10)
+        return self._writers[peer]
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._journal.close()

@@ -1,0 +1,78 @@
+"""The configuration: complete, typed, in range; and one line about what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from decotrain.cli import configs
+from decotrain.errors import ConfigError
+from decotrain.train.settings import parse, to_mapping
+
+
+def composed() -> dict[str, Any]:
+    """configs/train.yaml with its default groups, without hydra."""
+    base = OmegaConf.load(configs() / "train.yaml")
+    assert OmegaConf.is_dict(base)
+    for default in base.pop("defaults"):
+        for group, name in dict(default).items() if OmegaConf.is_dict(default) else []:
+            if not str(group).startswith("override"):
+                base[group] = OmegaConf.load(configs() / str(group) / f"{name}.yaml")
+    base.pop("hydra")
+    base["name"] = "test"
+    out = OmegaConf.to_container(base)
+    assert isinstance(out, dict)
+    return {str(key): value for key, value in out.items()}
+
+
+def change(key: str, value: Any) -> dict[str, Any]:
+    config = composed()
+    place = config
+    *path, last = key.split(".")
+    for part in path:
+        place = place[part]
+    place[last] = value
+    return config
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    settings = parse(composed())
+    assert settings.peers == 3
+    assert settings.rounds * settings.outer.sync_every == settings.steps
+    assert parse(to_mapping(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("peers", 0, r"peers=0 is out of range; it lies between 1 and 64"),
+        ("peers", 65, r"peers=65 is out of range"),
+        ("peers", "many", r"peers='many' must be a whole number"),
+        ("peers", True, r"peers=True must be a whole number"),
+        ("peers", None, r"peers=None must be"),
+        ("peerz", 3, r"unknown key peerz"),
+        ("outer.beta", 3, r"unknown key outer.beta"),
+        ("outer", 3, r"outer must have keys"),
+        ("outer.lr", "nan", r"outer.lr='nan' must be a number"),
+        ("outer.lr", float("nan"), r"outer.lr=nan is out of range"),
+        ("resume", "maybe", r"resume=maybe: one of never, auto"),
+        ("steps", 31, r"steps=31 is not a multiple of outer.sync_every=30"),
+        ("model.width", 97, r"model.width=97 is not a multiple"),
+        ("model.kv_heads", 3, r"model.heads=4 is not a multiple of model.kv_heads=3"),
+        ("inner.betas", [0.9], r"inner.betas=\[0.9\] must be"),
+        ("prompt", "", r"prompt is empty"),
+    ],
+)
+def test_what_is_wrong_is_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(change(key, value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    config = composed()
+    del config["outer"]["lr"]
+    with pytest.raises(ConfigError, match=r"outer\.lr is missing"):
+        parse(config)
