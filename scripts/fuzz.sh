@@ -16,9 +16,14 @@ cmake --preset fuzz >/dev/null
 cmake --build --preset fuzz -j "$(nproc)" | tail -n 1
 for source in csrc/fuzz/fuzz_*.cpp; do
   name=$(basename "$source" .cpp)
+  [ -f "$source" ] || fail "no fuzzers in csrc/fuzz"
   mkdir -p "build/fuzz/found/$name"
   stage "$name, $seconds s"
-  "build/fuzz/$name" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -verbosity=0 \
+  "build/fuzz/$name" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 \
     -artifact_prefix="build/fuzz/$name-" "build/fuzz/found/$name" \
-    "csrc/fuzz/corpus/${name#fuzz_}" || fail "$name found something: build/fuzz/$name-*"
+    "csrc/fuzz/corpus/${name#fuzz_}" >"build/fuzz/$name.log" 2>&1 || {
+    tail -n 40 "build/fuzz/$name.log"
+    fail "$name found something (above; the input is build/fuzz/$name-*)"
+  }
+  last_line "build/fuzz/$name.log"
 done

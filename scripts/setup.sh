@@ -71,6 +71,7 @@ make_venv() {
 install_dependencies() {
   local torch=()
   [ -z "${DECOTRAIN_TORCH_INDEX:-}" ] || torch=(--index-url "$DECOTRAIN_TORCH_INDEX")
+  pip_install -c constraints.txt pip  # Ubuntu 22.04's own cannot do what follows
   pip_install -c constraints.txt "${torch[@]}" torch
   "$venv/bin/python" scripts/requirements.py "$level" >"$state/requirements.txt"
   pip_install -c constraints.txt -r "$state/requirements.txt"

@@ -156,6 +156,7 @@ bool rule_valid(Rule rule, float parameter) {
 bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contribution> from,
              std::size_t elements, Codec result_codec, std::byte* result) {
   if (from.empty() || !rule_valid(rule, rule_parameter)) return false;
+  if (elements == 0) return true;
   const ExactFloat exact;
   const Job job{rule, rule_parameter, codec, result_codec, elements, result};
   clear_padding(result_codec, result, elements);
