@@ -25,9 +25,13 @@ from decotrain.outer import (
 from tests.fake_comm import WAIT_S, FakeRun
 
 
+MAKING = threading.Lock()  # torch's generator is one for the process, and peers are threads here
+
+
 def make_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    with MAKING:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
 def batch(peer: int, step: int, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
