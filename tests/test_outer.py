@@ -24,7 +24,6 @@ from decotrain.outer import (
 )
 from tests.fake_comm import WAIT_S, FakeRun
 
-
 MAKING = threading.Lock()  # torch's generator is one for the process, and peers are threads here
 
 
