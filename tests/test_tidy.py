@@ -1,65 +1,25 @@
-"""House rules that a program can check: sizes, layers, words, documents, what lies in git.
+"""House rules that a program can check: sizes, layers, words, configuration, what lies in git.
 
-Formatting, lint, types and C++ function length belong to the tools of scripts/check.sh.
+Documents have their own file, test_docs.py. Formatting, lint, types and the length of C++ functions
+belong to the tools of scripts/check.sh.
 """
 
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.tree import ROOT, SOURCE, TEXT, files, name, none, of, read
+
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
 BLOB_BYTES_MAX = 256 << 10
-SOURCE = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".sh"}
-TEXT = SOURCE | {".md", ".toml", ".txt", ".yaml", ".json", ".cmake"}
-
-
-@cache
-def files() -> list[Path]:
-    """Everything in git, or, without git (an unpacked sdist), whatever is no build output."""
-    try:
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout.splitlines()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*")]
-        listed = [name for name in listed if not re.match(r"(build|dist|runs|\.\w+)/", name)]
-    found = [ROOT / name for name in sorted(listed)]
-    return [p for p in found if p.is_file() and "third_party" not in p.parts]
-
-
-def of(*suffixes: str, under: str = "") -> list[Path]:
-    """Files with one of the suffixes, in a folder of the repository."""
-    base = ROOT / under
-    return [p for p in files() if p.suffix in suffixes and base in (p, *p.parents)]
-
-
-def name(path: Path) -> str:
-    """The path as a reader of a failure wants it."""
-    return path.relative_to(ROOT).as_posix()
-
-
-def read(path: Path) -> str:
-    """The text of a file; all text here is UTF-8."""
-    return path.read_text(encoding="utf-8")
-
-
-def none(found: list[str], rule: str) -> None:
-    """Fails with the rule and everything that breaks it."""
-    assert not found, rule + ":\n  " + "\n  ".join(found)
-
 
 # --- sizes
 
@@ -258,52 +218,7 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-# --- documents
-
-
-def prose(path: Path) -> str:
-    """The text of a document without its fenced blocks."""
-    return re.sub(r"^(```|~~~).*?^\1", "", read(path), flags=re.M | re.S)
-
-
-def test_documents_have_one_title() -> None:
-    wrong = []
-    for path in of(".md"):
-        titles = re.findall(r"^# .+", prose(path), flags=re.M)
-        if len(titles) != 1 or not prose(path).startswith("# "):
-            wrong.append(f"{name(path)}: {len(titles)}")
-    none(wrong, "a document starts with its one title")
-
-
-def test_links_lead_somewhere() -> None:
-    dead = []
-    for path in of(".md"):
-        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", prose(path)):
-            if not (path.parent / target).exists() and target != "wire.md":
-                dead.append(f"{name(path)}: {target}")
-    none(dead, "links between documents lead somewhere")
-
-
-def test_every_document_is_in_the_index() -> None:
-    index = read(ROOT / "docs/README.md")
-    lost = [p.name for p in of(".md", under="docs") if p.name != "README.md"]
-    none([p for p in lost if f"({p})" not in index], "docs/README.md lists every document")
-
-
-def test_changelog_is_kept() -> None:
-    """keepachangelog.com 1.1: versions newest first, known kinds of change, no empty section."""
-    text = read(ROOT / "CHANGELOG.md")
-    versions = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", text, flags=re.M)
-    assert versions, "no version"
-    assert versions[0][0] == "Unreleased", "the first section is what is not released yet"
-    assert all(date for _, date in versions[1:]), "a released version has a date"
-    assert len(re.findall(r"^## ", text, flags=re.M)) == len(versions), "a strange section title"
-    kinds = set(re.findall(r"^### (.+)$", text, flags=re.M))
-    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
-    assert not re.search(r"^### .+\n\s*(#|\Z)", text, flags=re.M), "an empty section"
-
-
-# --- configuration and wire
+# --- configuration
 
 
 def test_every_config_key_is_read() -> None:
@@ -330,63 +245,3 @@ def test_every_config_key_is_read() -> None:
             elif isinstance(value, list):
                 stack += value
     none(unread, "every configuration key is read in decotrain/")
-
-
-# --- README
-
-BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S
-)
-
-
-def blocks() -> list[tuple[str, str, str]]:
-    """(mark, language, text) of the README's fenced blocks that hold code."""
-    found = [
-        (m["mark"] or "", m["language"], m["text"])
-        for m in BLOCK.finditer(read(ROOT / "README.md"))
-    ]
-    return [block for block in found if block[1] in {"sh", "python"}]
-
-
-def test_readme_says_of_every_block_whether_it_runs() -> None:
-    """`run`: executed here. `exists`: too long for a test, what it calls must be there."""
-    assert blocks(), "a README without a command"
-    strange = [text for mark, _, text in blocks() if mark not in {"run", "exists"}]
-    none(strange, "the line before a block is <!-- run --> or <!-- exists -->")
-
-
-@pytest.mark.parametrize("block", blocks(), ids=lambda b: re.sub(r"\W+", "-", b[2][:40]).strip("-"))
-def test_readme_block(block: tuple[str, str, str], run_dir: Path) -> None:
-    mark, language, text = block
-    if language == "python":
-        compile(text, "README.md", "exec")
-        names = re.findall(r"\bdt\.(\w+)", text)
-        code = f"import decotrain as dt; [getattr(dt, n) for n in {json.dumps(names)}]"
-        source = text if mark == "run" else code
-        _succeeds([sys.executable, "-c", source])
-        return
-    for line in text.replace("\\\n", " ").splitlines():
-        command = line.partition("#")[0].strip()
-        if command:
-            _command_works(command, execute=mark == "run")
-
-
-def _command_works(command: str, execute: bool) -> None:
-    words = command.split()
-    if execute:
-        _succeeds(["bash", "-ec", command], cwd=ROOT)
-    elif words[0].startswith("./"):
-        assert (ROOT / words[0]).stat().st_mode & 0o100, f"{words[0]} cannot be executed"
-        _succeeds(["bash", "-n", words[0]], cwd=ROOT)
-    elif words[0] == "decotrain":
-        _succeeds([sys.executable, "-m", "decotrain.cli", words[1], "--help"], cwd=ROOT)
-    else:
-        assert words[0] in {"git", "cd", "pip", "cmake", "ctest", "pytest"}, f"what is {words[0]}?"
-
-
-def _succeeds(command: list[str], cwd: Path | None = None) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also without an install
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=100
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
