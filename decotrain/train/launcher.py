@@ -36,6 +36,7 @@ from decotrain.train.table import Board, PeerRow, View
 POLL_S = 0.2
 STATUS_S = 1.0
 GRACE_S = 10.0  # for processes to end by themselves
+LAST_S = 30.0  # for the others, when one peer has finished
 ALONE = "alone"
 
 
@@ -52,6 +53,7 @@ class Launcher:
         self.coordinator: Child | None = None
         self.address = ""
         self.status_asked_s = 0.0
+        self.finished_s: float | None = None  # when the first peer finished
 
     # --- before and after
 
@@ -157,6 +159,7 @@ class Launcher:
             child = self.children.get(name)
             if child is not None and child.code is not None:
                 self._on_exit(name, child)
+        self._end_the_late()
         assert self.coordinator is not None
         if self.coordinator.code is not None:
             why = describe_exit(self.coordinator.code)
@@ -183,7 +186,7 @@ class Launcher:
         row, code = self.board.rows[name], child.code
         assert code is not None
         del self.children[name]
-        if row.state == "finished":
+        if row.state in ("finished", "too late"):
             return
         last = child.last_line()
         if code > 0 and row.state == "starting" and row.incarnation == 0:
@@ -211,6 +214,20 @@ class Launcher:
         alone = not self.children
         self._start_peer(name, self._newest_checkpoint() if alone else None)
         self._note(f"{name} is started again")
+
+    def _end_the_late(self) -> None:
+        """Who is still on its way when the others have finished finds nobody to train with."""
+        states = [row.state for row in self.board.rows.values()]
+        if "finished" not in states:
+            return
+        self.finished_s = self.finished_s or time.monotonic()
+        over = time.monotonic() - self.finished_s > LAST_S
+        for name in list(self.children):
+            row = self.board.rows[name]
+            if row.state == "starting" or (over and row.state == "training"):
+                row.state = "too late"
+                self._note(f"{name} did not get in again before the end")
+                stop([self.children[name]], GRACE_S)
 
     def _note(self, text: str) -> None:
         self.board.note(text)

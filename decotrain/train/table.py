@@ -26,7 +26,7 @@ class PeerRow:
     """What is known of one peer; counters of earlier incarnations are kept in `*_before`."""
 
     name: str
-    state: str = "starting"  # training, lost, finished
+    state: str = "starting"  # training, lost, finished, too late
     role: str = ""
     step: int = 0
     round: int = 0

@@ -189,7 +189,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     )
     journal.write(
         "start", step=outer.global_step, round=outer.rounds(), slot=comm.slot, id=comm.peer,
-        inner_from_round=inner_round,
+        inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
     step_of_round = 0
     while outer.global_step < settings.steps:
