@@ -97,9 +97,11 @@ class Launcher:
         corpus = open_corpus(self.settings.data.path, self.settings.model.context)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            old = ["coordinator"]  # its record is of peers that are gone
             if self.settings.resume == "never":
-                for old in ("checkpoints", "baseline", "coordinator"):
-                    shutil.rmtree(self.folder / old, ignore_errors=True)
+                old += ["checkpoints", "baseline"]
+            for name in old:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             text = json.dumps(to_mapping(self.settings), indent=1)
             (self.folder / "config.json").write_text(text, encoding="utf-8")
         except OSError as error:
