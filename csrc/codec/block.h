@@ -166,9 +166,13 @@ DT_HD u32 e3m0_code(float x, u32 exponent) {
   return code | (bits(x) >> 28 & 8);
 }
 
+DT_HD float e3m0_level(u32 code) {
+  const u32 m = code & 7;
+  return m == 0 ? 0.0f : real(((120 + m) << 23) | (code & 8) << 28);
+}
+
 DT_HD float e3m0_value(u32 code, u32 exponent) {
-  if (exponent == 0 || (code & 7) == 0) return 0.0f;
-  return real(((exponent - 7 + (code & 7)) << 23) | (code & 8) << 28);
+  return mul(e3m0_level(code), real(exponent << 23));  // exact
 }
 
 DT_HD bool e3m0_ok(u8 exponent) { return exponent == 0 || (exponent >= 27 && exponent <= 254); }

@@ -256,9 +256,11 @@ struct E3m0 {
   template <typename Sink>
   static void decode(const Place& in, std::size_t index, std::size_t first, std::size_t count,
                      const Sink& sink) {
-    float levels[16];
-    for (u32 c = 0; c < 16; ++c) levels[c] = e3m0_value(c, in.scales[index]);
-    const auto table = V::table(sink.scaled(V::load(levels)));
+    static constexpr float kLevels[16] = {
+        0, 0x1p-6f,  0x1p-5f,  0x1p-4f,  0x1p-3f,  0x1p-2f,  0x1p-1f,  1,
+        0, -0x1p-6f, -0x1p-5f, -0x1p-4f, -0x1p-3f, -0x1p-2f, -0x1p-1f, -1};
+    const auto scale = V::set(real(static_cast<u32>(in.scales[index]) << 23));
+    const auto table = V::table(sink.scaled(V::mul(V::load(kLevels), scale)));
     decode_nibbles<V>(in.codes + index * kCodeBytes, count, first, table, sink);
   }
 };
