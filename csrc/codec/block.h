@@ -182,7 +182,7 @@ DT_HD bool e3m0_ok(u8 exponent) { return exponent == 0 || (exponent >= 27 && exp
 constexpr float kInt2Down = 0x1p-8f;  // sums of 256 magnitudes stay finite
 constexpr float kInt2Up = 0x1p8f;
 
-DT_HD float int2_border(float sum, u32 count) {  // sum: of magnitudes * kInt2Down
+DT_HD float int2_border(float sum, u32 count) {  // sum: of shrunk magnitudes
   return mul(sum, quotient(1.5f, static_cast<float>(count)));
 }
 
@@ -194,12 +194,10 @@ DT_HD u16 int2_level(float sum, u32 count) {
   return m < (17u << 23) ? 0 : bf16_code(mean);  // 2^-110
 }
 
-DT_HD u32 int2_threshold(u16 low, u16 high) {  // bits of the border between the two levels
-  return bits(add(mul(bf16_value(low), 0.5f), mul(bf16_value(high), 0.5f)));
-}
+DT_HD float int2_shrunk(float x) { return mul(real(magnitude(x)), kInt2Down); }
 
-DT_HD u32 int2_code(float x, u32 threshold) {
-  return static_cast<u32>(magnitude(x) >= threshold) | (bits(x) >> 30 & 2);
+DT_HD u32 int2_code(float x, float border) {
+  return static_cast<u32>(int2_shrunk(x) >= border) | (bits(x) >> 30 & 2);
 }
 
 DT_HD float int2_value(u32 code, u16 low, u16 high) {

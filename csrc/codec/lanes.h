@@ -280,21 +280,21 @@ struct Int2 {
     return lanes[0];
   }
 
-  static typename V::F shrunk(const float* x) {
-    const auto m = V::both(V::bits(V::load(x)), V::set(kMagnitude));
-    return V::mul(V::real(m), V::set(kInt2Down));
+  static typename V::F shrunk(typename V::F x) {
+    return V::mul(V::real(V::both(V::bits(x), V::set(kMagnitude))), V::set(kInt2Down));
   }
 
-  static void levels(const float* x, std::size_t count, u16& low, u16& high) {
+  // Returns the bits of the border. Positive floats compare as integers.
+  static typename V::I levels(const float* x, std::size_t count, u16& low, u16& high) {
     auto sum = V::set(0.0f);
-    for (std::size_t i = 0; i < kBlock; i += 16) sum = V::add(sum, shrunk(x + i));
+    for (std::size_t i = 0; i < kBlock; i += 16) sum = V::add(sum, shrunk(V::load(x + i)));
     const auto border = V::bits(V::set(int2_border(tree(sum), static_cast<u32>(count))));
     auto below = V::set(0.0f);
     auto above = V::set(0.0f);
     auto ones = V::set(0u);
     for (std::size_t i = 0; i < kBlock; i += 16) {
-      const auto y = V::bits(shrunk(x + i));
-      const auto top = V::keep_at_least(y, border, y);  // positive floats compare as integers
+      const auto y = V::bits(shrunk(V::load(x + i)));
+      const auto top = V::keep_at_least(y, border, y);
       above = V::add(above, V::real(top));
       below = V::add(below, V::real(V::minus(y, top)));
       ones = V::plus(ones, V::keep_at_least(y, border, V::set(1u)));
@@ -302,6 +302,7 @@ struct Int2 {
     const u32 above_count = V::total(ones);
     low = int2_level(tree(below), static_cast<u32>(count) - above_count);
     high = above_count == 0 ? low : int2_level(tree(above), above_count);
+    return border;
   }
 
   static bool encode(const float* x, std::size_t count, std::size_t index, u8* codes,
@@ -309,16 +310,16 @@ struct Int2 {
     const u32 largest = absmax<V>(x, kBlock);
     u16 pair[2] = {0, 0};
     const bool zero = largest < kTiny;
-    if (!zero) levels(x, count, pair[0], pair[1]);
+    auto border = V::set(0u);
+    if (!zero) border = levels(x, count, pair[0], pair[1]);
     std::memcpy(out.scales + index * sizeof pair, pair, sizeof pair);
-    const auto threshold = V::set(int2_threshold(pair[0], pair[1]));
     for (std::size_t i = 0; i < code_bytes(count) * 4; i += 64) {
       auto byte = V::set(0u);
       for (u32 part = 4; part-- > 0 && !zero;) {
-        const auto b = V::bits(V::load(x + i + part * 16));
-        const auto m = V::both(b, V::set(kMagnitude));
-        const auto sign = V::both(V::template right<30>(b), V::set(2u));
-        const auto code = V::either(V::keep_at_least(m, threshold, V::set(1u)), sign);
+        const auto value = V::load(x + i + part * 16);
+        const auto sign = V::both(V::template right<30>(V::bits(value)), V::set(2u));
+        const auto y = V::bits(shrunk(value));
+        const auto code = V::either(V::keep_at_least(y, border, V::set(1u)), sign);
         byte = V::either(V::template left<2>(byte), code);
       }
       V::store_u8(codes + i / 4, byte);

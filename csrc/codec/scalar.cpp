@@ -134,17 +134,18 @@ float tree(float (&lanes)[kLanes]) {
   return lanes[0];
 }
 
-void int2_levels(const float* values, std::size_t count, u16& low, u16& high) {
+// Returns the border.
+float int2_levels(const float* values, std::size_t count, u16& low, u16& high) {
   float sums[kLanes] = {};
   for (std::size_t i = 0; i < count; ++i) {
-    sums[i % kLanes] = add(sums[i % kLanes], mul(real(magnitude(values[i])), kInt2Down));
+    sums[i % kLanes] = add(sums[i % kLanes], int2_shrunk(values[i]));
   }
   const float border = int2_border(tree(sums), static_cast<u32>(count));
   float below[kLanes] = {};
   float above[kLanes] = {};
   u32 above_count = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const float y = mul(real(magnitude(values[i])), kInt2Down);
+    const float y = int2_shrunk(values[i]);
     const bool is_above = y >= border;
     above_count += is_above;
     float& sum = is_above ? above[i % kLanes] : below[i % kLanes];
@@ -153,6 +154,7 @@ void int2_levels(const float* values, std::size_t count, u16& low, u16& high) {
   const u32 below_count = static_cast<u32>(count) - above_count;
   low = int2_level(tree(below), below_count);
   high = above_count == 0 ? low : int2_level(tree(above), above_count);
+  return border;
 }
 
 bool encode_int2(const float* values, std::size_t elements, const Place& out) {
@@ -163,10 +165,9 @@ bool encode_int2(const float* values, std::size_t elements, const Place& out) {
     u16 high = 0;
     std::memset(out.codes + first / 4, 0, (count + 63) / 64 * 16);
     if (largest >= kTiny) {
-      int2_levels(values + first, count, low, high);
-      const u32 threshold = int2_threshold(low, high);
+      const float border = int2_levels(values + first, count, low, high);
       for (std::size_t i = first; i < first + count; ++i) {
-        put<2>(out.codes, i, int2_code(values[i], threshold));
+        put<2>(out.codes, i, int2_code(values[i], border));
       }
     }
     store(out.scales, first / kInt2Block * 2, low);
