@@ -1,0 +1,123 @@
+#include "net/channel.h"
+
+#include <fcntl.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+namespace decotrain::net {
+namespace {
+
+constexpr int kBacklog = 256;
+
+void set_int(int fd, int level, int name, int value) {
+  // Options improve latency or throughput; a kernel that refuses one still moves bytes.
+  (void)setsockopt(fd, level, name, &value, sizeof value);
+}
+
+Moved outcome(ssize_t n, bool zero_is_end) {
+  Moved moved;
+  if (n > 0) {
+    moved.bytes = static_cast<std::size_t>(n);
+  } else if (n == 0) {
+    moved.failed = zero_is_end;
+    moved.blocked = !zero_is_end;
+  } else if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) {
+    moved.blocked = true;
+  } else {
+    moved.failed = true;
+    moved.error = errno;
+  }
+  return moved;
+}
+
+}  // namespace
+
+void Fd::reset(int fd) {
+  if (fd_ >= 0) ::close(fd_);
+  fd_ = fd;
+}
+
+Moved Channel::read(iovec* parts, int count) {
+  ssize_t n = 0;
+  do {
+    n = ::readv(fd_.get(), parts, count);
+  } while (n < 0 && errno == EINTR);
+  return outcome(n, true);
+}
+
+Moved Channel::write(iovec* parts, int count) {
+  msghdr message{};
+  message.msg_iov = parts;
+  message.msg_iovlen = static_cast<std::size_t>(count);
+  ssize_t n = 0;
+  do {
+    n = ::sendmsg(fd_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+  } while (n < 0 && errno == EINTR);
+  return outcome(n, false);
+}
+
+std::size_t Channel::unacknowledged_bytes() const {
+  int value = 0;
+  if (ioctl(fd_.get(), SIOCOUTQ, &value) != 0 || value < 0) return 0;
+  return static_cast<std::size_t>(value);
+}
+
+int Channel::pending_error() const {
+  int error = 0;
+  socklen_t size = sizeof error;
+  if (getsockopt(fd_.get(), SOL_SOCKET, SO_ERROR, &error, &size) != 0) return errno;
+  return error;
+}
+
+Fd listen_on(const Address& address) {
+  Fd fd(::socket(address.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd) return fd;
+  if (!address.is_unix()) set_int(fd.get(), SOL_SOCKET, SO_REUSEADDR, 1);
+  if (address.family() == AF_INET6) set_int(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, 0);
+  // With SO_REUSEADDR two processes can bind one port and only listen() tells them apart: the
+  // loser must start again with a fresh socket, so both steps fail the same way here.
+  if (::bind(fd.get(), address.get(), address.length) != 0 || ::listen(fd.get(), kBacklog) != 0) {
+    const int error = errno;
+    fd.reset();
+    errno = error;
+  }
+  return fd;
+}
+
+void set_options(int fd, bool is_unix, const SocketOptions& options) {
+  if (is_unix) {
+    set_int(fd, SOL_SOCKET, SO_SNDBUF, static_cast<int>(options.unix_buffer_bytes));
+    return;
+  }
+  set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+  set_int(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(options.user_timeout_s * 1000.0));
+  set_int(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, static_cast<int>(options.tcp_notsent_bytes));
+}
+
+Fd start_connect(const Address& address, const SocketOptions& options) {
+  Fd fd(::socket(address.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd) return fd;
+  set_options(fd.get(), address.is_unix(), options);
+  // A Unix connect that would block (full backlog) says EAGAIN and is not under way.
+  if (::connect(fd.get(), address.get(), address.length) != 0 && errno != EINPROGRESS) {
+    const int error = errno;
+    fd.reset();
+    errno = error;
+  }
+  return fd;
+}
+
+Address bound_address(int fd) {
+  Address out;
+  out.length = sizeof out.storage;
+  if (getsockname(fd, out.get(), &out.length) != 0) out.length = 0;
+  return out;
+}
+
+}  // namespace decotrain::net

@@ -1,0 +1,78 @@
+// Channel: the bytes of one connection. Non-blocking reads and writes, and the socket options that
+// go with them. It knows nothing of frames; TLS will sit here and nowhere else.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "net/address.h"
+
+namespace decotrain::net {
+
+class Fd {
+ public:
+  Fd() = default;
+  explicit Fd(int fd) : fd_(fd) {}
+  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Fd& operator=(Fd&& other) noexcept {
+    if (this != &other) reset(std::exchange(other.fd_, -1));
+    return *this;
+  }
+  Fd(const Fd&) = delete;
+  Fd& operator=(const Fd&) = delete;
+  ~Fd() { reset(); }
+
+  int get() const { return fd_; }
+  explicit operator bool() const { return fd_ >= 0; }
+  void reset(int fd = -1);
+
+ private:
+  int fd_ = -1;
+};
+
+// What one read or write did. `blocked` and `failed` never come with bytes.
+struct Moved {
+  std::size_t bytes = 0;
+  bool blocked = false;
+  bool failed = false;
+  int error = 0;  // errno of a failure; 0: the other side closed
+};
+
+class Channel {
+ public:
+  Channel() = default;
+  Channel(Fd fd, bool is_unix) : fd_(std::move(fd)), is_unix_(is_unix) {}
+
+  int fd() const { return fd_.get(); }
+  bool is_unix() const { return is_unix_; }
+  explicit operator bool() const { return static_cast<bool>(fd_); }
+  void close() { fd_.reset(); }
+
+  Moved read(iovec* parts, int count);
+  Moved write(iovec* parts, int count);
+  // Bytes given to the kernel that the other side has not taken yet (TCP: not acknowledged).
+  std::size_t unacknowledged_bytes() const;
+  int pending_error() const;  // result of a non-blocking connect
+
+ private:
+  Fd fd_;
+  bool is_unix_ = false;
+};
+
+struct SocketOptions {
+  std::size_t tcp_notsent_bytes = std::size_t{512} << 10;  // what waits unsent in the kernel
+  std::size_t unix_buffer_bytes = std::size_t{2} << 20;
+  double user_timeout_s = 30.0;
+};
+
+// Every function gives an empty Fd and sets errno on failure.
+Fd listen_on(const Address& address);
+Fd start_connect(const Address& address, const SocketOptions& options);
+void set_options(int fd, bool is_unix, const SocketOptions& options);
+Address bound_address(int fd);
+
+}  // namespace decotrain::net
