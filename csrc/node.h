@@ -1,0 +1,149 @@
+// Node: one peer's data plane. An Engine and a Mesh on one network thread, and calls that any
+// thread may make. It never needs the GIL.
+//
+// The engine and the mesh belong to the network thread; the caller's thread encodes snapshots and
+// decodes results, and leaves commands in a queue. It does not decide membership: the control
+// plane freezes, installs and names addresses.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine.h"
+#include "net/mesh.h"
+
+namespace decotrain {
+
+struct NodeOptions {
+  EngineOptions engine;
+  net::MeshOptions mesh;
+};
+
+struct NodeEvent {
+  std::string kind;  // names of EventKind and net::MeshEvent::Kind
+  std::uint32_t tag = 0;
+  std::uint64_t seq = 0;
+  PeerId peer = 0;
+  std::string detail;
+};
+
+// A round that was begun here. Any thread may look at it.
+class Work {
+ public:
+  explicit Work(std::uint32_t tag) : tag_(tag) {}
+
+  // False when the time is over first; without a bound below zero. Rethrows what failed the round.
+  bool wait(double timeout_s);
+  bool done() const;
+  // Set when the round has its number: a round begun before there is a view has none yet.
+  std::optional<std::uint64_t> seq() const;
+  std::uint32_t tag() const { return tag_; }
+  // Only after wait() was true. Null: missed results must be taken before this round can begin.
+  std::shared_ptr<const RoundResult> result() const;
+
+ private:
+  friend class Node;
+  void started(std::uint64_t seq);
+  void complete(std::shared_ptr<const RoundResult> result);
+  void fail(std::string error);
+
+  const std::uint32_t tag_;
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  bool done_ = false;
+  std::string error_;
+  std::optional<std::uint64_t> seq_;
+  std::shared_ptr<const RoundResult> result_;
+};
+
+// What went wrong in a round, or a call after close().
+struct NodeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Elements of one chunk for a round of so many: small enough to spread over the owners and to
+// overlap sending with combining, large enough for few frames.
+std::uint32_t default_chunk_elements(std::uint64_t elements);
+
+class Node {
+ public:
+  // Throws std::runtime_error when an address cannot be bound.
+  Node(PeerId self, const std::vector<std::string>& listen, NodeOptions options);
+  ~Node();
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+
+  PeerId self() const { return self_; }
+  std::vector<std::string> addresses() const { return addresses_; }
+  // Ends the network thread. Works that are open fail; later calls throw NodeError.
+  void close();
+
+  // --- rounds
+  std::shared_ptr<Work> begin(BeginArgs args);
+  std::vector<std::uint64_t> missed(std::uint32_t tag);
+  std::vector<std::shared_ptr<const RoundResult>> take_missed(std::uint32_t tag);
+  void declare(std::vector<std::pair<std::uint32_t, std::int64_t>> covered);
+  void set_covered(std::uint32_t tag, std::int64_t seq);
+
+  // --- the control plane
+  Report freeze(FreezeId id);
+  bool install(const Install& install);
+  // Host names in addresses are resolved on the caller's thread.
+  void set_peers(std::vector<net::PeerInfo> peers);
+  void set_route(PeerId peer, PeerId via);
+  View view();
+  std::vector<NodeEvent> take_events();
+  int event_fd() const { return event_fd_.get(); }  // readable while there are events
+  std::vector<net::LinkStats> links();
+
+ private:
+  struct Open {
+    std::uint64_t seq = 0;
+    std::shared_ptr<Work> work;
+  };
+  struct Waiting {
+    BeginArgs args;
+    std::shared_ptr<Work> work;
+  };
+  using Command = std::function<void(double now)>;
+
+  net::MeshHandler handler();
+  void run();
+  bool run_commands();
+  void start_waiting(double now);
+  void finish_ready();
+  void forward_events();
+  void emit(NodeEvent event);
+  void post(Command command);
+  void fail_all(const std::string& error);
+  // Runs on the network thread and waits for it.
+  template <typename Result>
+  Result call(std::function<Result(double)> command);
+
+  const PeerId self_;
+  net::Fd event_fd_;
+
+  // The network thread's.
+  Engine engine_;
+  std::multimap<std::uint32_t, Waiting> waiting_;  // by tag, in order
+  std::multimap<std::uint32_t, Open> open_;
+  std::unique_ptr<net::Mesh> mesh_;
+  std::vector<std::string> addresses_;
+
+  std::mutex mutex_;  // guards the members below
+  std::vector<Command> commands_;
+  std::vector<NodeEvent> events_;
+  bool closing_ = false;
+
+  std::mutex close_mutex_;
+  std::thread thread_;
+};
+
+}  // namespace decotrain

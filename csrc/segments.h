@@ -1,0 +1,49 @@
+// Segments: the caller's buffers (f32, bf16 or f16, any number of them) as one flat space of
+// floats, and the way between that space and encoded chunks.
+//
+// Everything here runs on the caller's thread. It knows codecs; it does not know rounds' states.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+namespace decotrain {
+
+struct Segment {
+  Codec type = Codec::f32;  // f32, bf16 or f16: element types that are codecs as well
+  std::byte* data = nullptr;
+  std::size_t elements = 0;
+};
+using Segments = std::vector<Segment>;
+
+std::size_t element_bytes(Codec type);
+std::size_t total_elements(const Segments& segments);
+
+// A span of the flat space, as floats: in place where one f32 segment covers it, else in `scratch`.
+std::span<const float> gather(const Segments& segments, std::size_t first, std::size_t count,
+                              std::vector<float>& scratch);
+// False when a value does not fit the type of its segment (f16).
+bool scatter(const Segments& segments, std::size_t first, std::span<const float> values);
+
+// Which segment has the first NaN or infinity; segments.size() when none has.
+std::size_t first_not_finite(const Segments& segments);
+
+// The encoded contribution. Throws NotFinite. With `borrow` the bytes of one f32 segment are used
+// in place when the codec allows. `residual` (f32, empty or of the same length) is error feedback:
+// x = segments + residual is encoded, residual = x - decode(encode(x)).
+Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const Segments& residual,
+                         bool borrow, const std::shared_ptr<const void>& owner);
+
+// The result into the caller's segments; a chunk to which nobody contributed gives zeros.
+void decode_segments(const RoundResult& result, const Segments& segments);
+
+struct NotFinite {
+  std::size_t segment = 0;
+};
+
+}  // namespace decotrain
