@@ -1,7 +1,7 @@
 """decotrain's collective core"""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy
 from numpy.typing import NDArray
@@ -129,6 +129,126 @@ def codec_combine(rule: str, codec: str, contributions: Sequence[Annotated[NDArr
     Combines encoded contributions in the order given into one encoded result; False when
     the value is not finite or the rule's parameter is wrong.
     """
+
+class Result:
+    """What a round gave: the same bits on every peer."""
+
+    @property
+    def tag(self) -> int: ...
+
+    @property
+    def seq(self) -> int: ...
+
+    @property
+    def digest(self) -> int: ...
+
+    @property
+    def view(self) -> int: ...
+
+    @property
+    def begun(self) -> bool: ...
+
+    @property
+    def outcome(self) -> str: ...
+
+    @property
+    def elements(self) -> int: ...
+
+    @property
+    def contributors(self) -> list[int]:
+        """Peer ids in at least one chunk, by slot."""
+
+    @property
+    def chunk_contributors(self) -> list[list[int]]:
+        """Peer ids, for each chunk."""
+
+    @property
+    def partial(self) -> bool:
+        """
+        Some chunk lacks a contributor that another one has, or nobody contributed.
+        """
+
+    def parts(self) -> dict[int, bytes]:
+        """Of a collect round: slot -> bytes."""
+
+    def decode_into(self, buffers: list[Any]) -> None:
+        """Writes the result to a list of arrays; zeros where nobody contributed."""
+
+    def view_f32(self) -> object:
+        """A read-only view of an f32 result, or None."""
+
+class Work:
+    """A round that was begun."""
+
+    @property
+    def tag(self) -> int: ...
+
+    @property
+    def seq(self) -> int | None: ...
+
+    def done(self) -> bool: ...
+
+    def wait(self, timeout_s: float = -1.0) -> bool:
+        """False when the time is over first. Below zero: no bound."""
+
+    def result(self) -> Result | None:
+        """
+        After wait(). None: missed results must be taken before this round can begin.
+        """
+
+class Node:
+    """A peer's rounds and links, on a thread of its own."""
+
+    def __init__(self, peer: int, listen: Sequence[str], run_fingerprint: int, *, streams: int = 0, force_tcp: bool = False, link_timeout_s: float = 5.0, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0) -> None: ...
+
+    @property
+    def peer(self) -> int: ...
+
+    @property
+    def addresses(self) -> list[str]: ...
+
+    @property
+    def event_fd(self) -> int:
+        """Readable while there are events."""
+
+    def begin(self, buffers: list[Any], *, tag: int = 0, op: str = 'mean', codec: str = 'f32', result_codec: str | None = None, weight: float = 1.0, borrow: bool = False, residual: list[Any] | None = None, state_digest: int = 0, rule: str | None = None, rule_parameter: float = 0.0, chunk_elements: int | None = None) -> Work:
+        """
+        Begins the tag's next round with the buffers as one flat space; returns at once.
+        """
+
+    def collect(self, data: bytes | None, *, tag: int = 0, max_bytes: int = 65536, state_digest: int = 0) -> Work: ...
+
+    def missed(self, tag: int) -> list[int]: ...
+
+    def take_missed(self, tag: int) -> list[Result]: ...
+
+    def declare(self, covered: Sequence[tuple[int, int]]) -> None: ...
+
+    def set_covered(self, tag: int, seq: int) -> None: ...
+
+    def freeze(self, term: int, number: int) -> dict[str, Any]:
+        """Stops rounds; the report (docs/protocol.md)."""
+
+    def install(self, plan: dict[str, Any]) -> bool:
+        """False when it does not answer the newest freeze."""
+
+    @property
+    def view(self) -> dict[str, Any]: ...
+
+    def set_peers(self, peers: Sequence[tuple[int, int, Sequence[str]]]) -> None:
+        """Everybody in the view: (peer, slot, addresses)."""
+
+    def set_route(self, peer: int, via: int) -> None: ...
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened since the last call: kind, tag, seq, peer, detail."""
+
+    def links(self) -> list[dict[str, Any]]:
+        """
+        One map for each link: peer, up, unix, streams, bytes, rtt_s, rate_bps, via.
+        """
+
+    def close(self) -> None: ...
 
 def spsa_perturb(theta: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray, dict(shape=(None,), order='C', device='cpu')], key: int, c2: int, c3: int, epsilon: float, first: int = 0, noise: str = 'rademacher') -> None:
     """

@@ -5,11 +5,13 @@ namespace nb = nanobind;
 
 void bind_engine(nb::module_& m);
 void bind_codec(nb::module_& m);
+void bind_node(nb::module_& m);
 void bind_spsa(nb::module_& m);
 
 NB_MODULE(_core, m) {
   m.doc() = "decotrain's collective core";
   bind_engine(m);
   bind_codec(m);
+  bind_node(m);
   bind_spsa(m);
 }
