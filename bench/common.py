@@ -133,7 +133,7 @@ class Report:
 
         Without `columns`: one line per case, one column for each metric. With `columns`, the name
         of a case key: one column for each of its values (one metric only). `where` selects rows,
-        `drop` leaves case keys out.
+        `drop` leaves case keys out. Rows with none of the metrics are not shown.
         """
         metrics = [metric] if isinstance(metric, str) else list(metric)
         if columns is not None and len(metrics) != 1:
@@ -236,7 +236,8 @@ def selected(data: Mapping[str, Any], where: Mapping[str, Value]) -> list[dict[s
 
 def table_text(data: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     """One table as Markdown."""
-    rows = selected(data, table["where"])
+    rows = [r for r in selected(data, table["where"])
+            if "skipped" in r or any(m in r["metrics"] for m in table["metrics"])]  # fmt: skip
     dropped = {*table["drop"], *table["where"]}
     keys = list(dict.fromkeys(k for r in rows for k in r["case"] if k not in dropped))
     if table["columns"] is None:

@@ -41,7 +41,10 @@ class LabError(Exception):
 
 
 class Lab:
-    """Sites 0..n-1, linked as the profile says. `nat` names the sites behind a NAT router."""
+    """Sites 0..n-1, linked as the profile says. `nat` names the sites behind a NAT router.
+
+    `congestion` is TCP's congestion control at every site; by default the machine's own.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Lab:
         *,
         seed: int = 1,
         nat: Sequence[int] = (),
+        congestion: str = "",
         offload: bool = True,
         mtu: int = 1500,
     ) -> None:
@@ -63,6 +67,7 @@ class Lab:
         self.names = [f"s{number}" for number in range(sites)]
         self.nat = frozenset(nat)
         self._settings = (seed, offload, mtu)
+        self._congestion = congestion
         self._gateways: list[int] = []  # namespace descriptors: where the site's wan0 is
         self._inside: list[int] = []  # where its programs run; the same unless behind a NAT
         self._children: list[subprocess.Popen[Any]] = []
@@ -116,9 +121,12 @@ class Lab:
         gateway = self._gateways[number]
         self._ip(gateway, "link set lo up", f"link set {DEVICE} mtu {mtu} txqueuelen 5000 up",
                  f"addr add {self.address(number)}/15 dev {DEVICE}")  # fmt: skip
+        inside = self._inside[number]
+        if self._congestion:
+            knob = "/proc/sys/net/ipv4/tcp_congestion_control"
+            self._tool(inside, ["sh", "-c", f'echo "$0" > {knob}', self._congestion])
         if number not in self.nat:
             return
-        inside = self._inside[number]
         self._ip(gateway, "link add lan0 type veth peer name eth0 netns "
                  f"/proc/{os.getpid()}/fd/{inside}",
                  "addr add 192.168.1.1/24 dev lan0", "link set lan0 up")  # fmt: skip

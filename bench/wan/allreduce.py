@@ -1,0 +1,209 @@
+"""All-reduce over the lab's profiles: ours by codec, and Gloo between the same sites in one run.
+
+Two questions. Throughput: how much of the link does a large round use? Goodput is
+2 (n-1)/n x bytes on the wire / time, as a share of what a site may send. Latency: how
+many one-way delays does a 64 KiB round take, for n = 2 to 8? A sample is the slowest peer's mean
+over a few calls, one after the other, variants in turns.
+
+Options (`--set`): profiles=, peers=4, mib=256, codecs=f32,int8, gloo=0 (without torch), streams=0
+(automatic), latency=0 or throughput=0 to leave one question out, latency_peers=2,4,8,
+congestion=bbr (of TCP, at all sites; the machine's own by default).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import IO, Any
+
+from bench.common import Report, Settings, interleave, log
+from bench.wan.lab import ROOT, Lab
+from bench.wan.profiles import PROFILES, Profile
+
+SMALL_BYTES = 64 << 10
+SLACK_MS = 10.0  # what a small round may take beyond three one-way delays
+ANSWER_S = 300.0
+# Bits of one element on the wire, scales included.
+BITS = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8 + 32 / 256, "e2m1": 4 + 1, "e3m0": 4.0625}
+# What a link can be filled with in reasonable time.
+MIB = {"home": 4, "mixed": 4, "flaky": 16}
+
+
+class Team:
+    """Workers, one at each site of a lab."""
+
+    def __init__(self, lab: Lab, options: Mapping[str, Any]) -> None:
+        self.lab = lab
+        self.workers: list[subprocess.Popen[str]] = []
+        peers = len(lab.names)
+        fastest = max(lab.profile.access_of(site).up_mbps for site in range(peers))
+        for site in range(peers):
+            # Owners' shares follow their bandwidth.
+            share = lab.profile.access_of(site).up_mbps / fastest
+            text = json.dumps({**options, "share": share})
+            argv = [sys.executable, "-m", "bench.wan.worker", str(site), str(peers),
+                    lab.local_address(site), text]  # fmt: skip
+            self.workers.append(
+                lab.popen(site, argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True, env={"OMP_NUM_THREADS": "1"})
+            )  # fmt: skip
+        self.tell([worker_says(w) for w in self.workers])
+        self.hear()
+
+    def tell(self, what: object) -> None:
+        line = json.dumps(what) + "\n"
+        for worker in self.workers:
+            pipe(worker.stdin).write(line)
+        for worker in self.workers:
+            pipe(worker.stdin).flush()
+
+    def hear(self) -> list[Any]:
+        return [worker_says(worker) for worker in self.workers]
+
+    def run(self, **task: Any) -> list[dict[str, Any]]:
+        self.tell(task)
+        return self.hear()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            pipe(worker.stdin).close()
+        for worker in self.workers:
+            worker.wait(timeout=30)
+
+
+def pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+def worker_says(worker: subprocess.Popen[str]) -> Any:
+    # A worker that hangs would hang the suite: its end closes the pipe we read from.
+    watch = threading.Timer(ANSWER_S, worker.kill)
+    watch.start()
+    line = pipe(worker.stdout).readline()
+    watch.cancel()
+    if not line:
+        raise SystemExit(f"a worker ended with status {worker.wait()}; its message is above")
+    return json.loads(line)
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    return {
+        "gloo": settings.option("gloo", "1") == "1",
+        "streams": int(settings.option("streams", "0")),
+    }
+
+
+def lab_of(profile: Profile, peers: int, settings: Settings) -> Lab:
+    congestion = settings.option("congestion", "")
+    return Lab(profile, sites=peers, seed=settings.seed, congestion=congestion)
+
+
+def variants(settings: Settings) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for codec in settings.option("codecs", "f32,int8").split(","):
+        contribution, _, result = codec.partition("/")
+        found[f"ours {codec}"] = {
+            "variant": "ours", "codec": contribution, "result_codec": result or contribution,
+        }  # fmt: skip
+    if options_of(settings)["gloo"]:
+        found["gloo f32"] = {"variant": "gloo"}
+    return found
+
+
+def wire_bits(task: Mapping[str, Any]) -> float:
+    """Mean bits of one element, over both halves of a round."""
+    codec = task.get("codec", "f32")
+    return 0.5 * (BITS[codec] + BITS[task.get("result_codec", codec)])
+
+
+def throughput(report: Report, settings: Settings, profile: Profile, peers: int) -> None:
+    mib = int(settings.option("mib", "0")) or MIB.get(profile.name, 256)
+    elements = (1 if settings.quick else mib) * (1 << 18)
+    repeats = 1 if settings.quick else settings.repeats
+    with lab_of(profile, peers, settings) as lab:
+        team = Team(lab, options_of(settings))
+        tasks = variants(settings)
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+
+        def run(name: str) -> float:
+            said = team.run(elements=elements, calls=1, **tasks[name])
+            answers[name].append(max(said, key=lambda s: s["wall_s"]))
+            log(f"  {profile.name} {name} {answers[name][-1]['wall_s']:.2f} s")
+            return float(answers[name][-1]["wall_s"])
+
+        samples = interleave({n: lambda n=n: run(n) for n in tasks}, repeats)
+        stats = lab.stats()
+        team.close()
+    rate_mbps = min(profile.access_of(site).up_mbps for site in range(peers))
+    for name, task in tasks.items():
+        bits = 2 * (peers - 1) / peers * elements * wire_bits(task)
+        goodput = [1e-6 * bits / s for s in samples[name]]
+        report.add(
+            {"profile": profile.name, "peers": peers, "MiB": elements / (1 << 18), "what": name},
+            time_s=samples[name],
+            goodput_mbps=goodput,
+            link_percent=[100 * g / rate_mbps for g in goodput],
+            streams=[mean(link[1] for link in a["links"]) for a in answers[name][-repeats:]],
+            cpu_s=[a["cpu_s"] for a in answers[name][-repeats:]],
+        )
+    late = 100 * stats["late"] / max(1, stats["writes"])
+    log(f"  late packets: {late:.2f} %")
+    report.note(f"{profile.name}: {late:.2f} % of the lab's packets were more than 1 ms late.")
+
+
+def latency(report: Report, settings: Settings, profile: Profile, peers: int) -> None:
+    calls = 3 if settings.quick else 10
+    repeats = 1 if settings.quick else settings.repeats
+    bound_ms = 3 * profile.rtt_ms / 2 + SLACK_MS
+    with lab_of(profile, peers, settings) as lab:
+        team = Team(lab, options_of(settings))
+        tasks = {n: t for n, t in variants(settings).items() if n.endswith("f32")}
+
+        def run(name: str) -> float:
+            said = team.run(elements=SMALL_BYTES // 4, calls=calls, **tasks[name])
+            return 1000 * max(float(s["wall_s"]) for s in said)
+
+        samples = interleave({n: lambda n=n: run(n) for n in tasks}, repeats)
+        team.close()
+    for name, values in samples.items():
+        report.add(
+            {"profile": profile.name, "round": "64 KiB", "peers": peers, "what": name},
+            latency_ms=values,
+            one_way_delays=[v / (profile.rtt_ms / 2) for v in values],
+        )
+        log(f"  {profile.name} n={peers} {name}: {[round(v) for v in values]} ms of {bound_ms:.0f}")
+
+
+def mean(values: Any) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)
+
+
+def run(settings: Settings) -> Report:
+    """The suite."""
+    report = Report("wan-allreduce", "All-reduce over the lab's links", settings)
+    peers = int(settings.option("peers", "4"))
+    names = settings.option("profiles", "lan,europe,transatlantic,home").split(",")
+    if settings.option("throughput", "1") == "1":
+        for name in names:
+            throughput(report, settings, PROFILES[name], peers)
+    if settings.option("latency", "1") == "1":
+        default = "2" if settings.quick else "2,4,8"
+        for count in settings.option("latency_peers", default).split(","):
+            latency(report, settings, PROFILES["transatlantic"], int(count))
+    if settings.option("throughput", "1") == "1":
+        report.table("throughput", ["time_s", "goodput_mbps", "link_percent", "streams", "cpu_s"],
+                     title="Large rounds")  # fmt: skip
+    if settings.option("latency", "1") == "1":
+        report.table("latency", "latency_ms", columns="what", where={"round": "64 KiB"},
+                     title="64 KiB rounds at 90 ms RTT, ms a call")  # fmt: skip
+        report.plot("latency", "peers", "latency_ms", lines="what", where={"round": "64 KiB"},
+                    title="A 64 KiB round at 90 ms RTT")  # fmt: skip
+    report.note("goodput: 2 (n-1)/n x encoded bytes / time; link_percent: of the slowest site's "
+                "uplink, as IP packets, of which TCP payload can be 96.5 %.")  # fmt: skip
+    return report
