@@ -108,8 +108,11 @@ def codec_bytes(codec: str, elements: int) -> int:
 def codec_pair(name: str) -> tuple[str, str]:
     """(contribution, result) codecs of a name such as 'int8' or 'e2m1+int8'."""
 
-def codec_encode(codec: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
-    """Encodes flat float32 values; False when one is NaN or infinite."""
+def codec_encode(codec: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], as_cuda: bool = False) -> bool:
+    """
+    Encodes flat float32 values; False when one is NaN or infinite.
+    as_cuda (tests): by the CUDA kernels' code, run on the CPU.
+    """
 
 def codec_encode_with_feedback(codec: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], residual: Annotated[NDArray, dict(shape=(None,), order='C', device='cpu')], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
     """
@@ -118,7 +121,7 @@ def codec_encode_with_feedback(codec: str, values: Annotated[NDArray[numpy.float
     when a sum is NaN or infinite.
     """
 
-def codec_decode(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+def codec_decode(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], as_cuda: bool = False) -> bool:
     """Decodes into flat float32; False when the bytes are no valid encoding."""
 
 def codec_valid(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], elements: int) -> bool:

@@ -30,14 +30,14 @@ def best_level() -> Iterator[None]:
     _core.set_simd(level)
 
 
-def encode(codec: str, values: F32) -> U8 | None:
+def encode(codec: str, values: F32, as_cuda: bool = False) -> U8 | None:
     out = np.full(_core.codec_bytes(codec, values.size), 0xA5, np.uint8)
-    return out if _core.codec_encode(codec, values, out) else None
+    return out if _core.codec_encode(codec, values, out, as_cuda) else None
 
 
-def decode(codec: str, data: U8, elements: int) -> F32 | None:
+def decode(codec: str, data: U8, elements: int, as_cuda: bool = False) -> F32 | None:
     out = np.empty(elements, np.float32)
-    return out if _core.codec_decode(codec, data, out) else None
+    return out if _core.codec_decode(codec, data, out, as_cuda) else None
 
 
 def round_trip(codec: str, values: F32) -> F32:
@@ -120,6 +120,9 @@ def test_levels_encode_and_decode_the_same_bits(values: F32, codec: str) -> None
     assert (data is not None) == bool(np.isfinite(values).all())
     decoded = None if data is None else decode(codec, data, values.size)
     assert (decoded is None) == (data is None)
+    assert same(encode(codec, values, as_cuda=True), data)
+    if data is not None:
+        assert same(decode(codec, data, values.size, as_cuda=True), decoded)
     for level in LEVELS:
         _core.set_simd(level)
         assert same(encode(codec, values), data)
@@ -142,6 +145,7 @@ def test_levels_agree_on_foreign_bytes(seed: int, size: int, codec: str, mask: i
     reference = decode(codec, data, size)
     assert (reference is not None) == _core.codec_valid(codec, data, size)
     assert reference is None or np.isfinite(reference).all()
+    assert same(decode(codec, data, size, as_cuda=True), reference)
     for level in LEVELS:
         _core.set_simd(level)
         assert same(decode(codec, data, size), reference)

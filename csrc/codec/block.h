@@ -26,6 +26,27 @@ constexpr u32 kInfinity = 0x7f800000;  // magnitudes from here on are infinite o
 // 2^-100: blocks below are zeros. It keeps every scale, inverse and product away from denormals.
 constexpr u32 kTiny = 27u << 23;
 
+// Bytes of the sections of an encoded chunk, in this order (docs/codecs.md). The numbers are the
+// codecs': f32, bf16, f16, int8, e2m1, e3m0, int2.
+struct Sections {
+  std::size_t codes;
+  std::size_t scales;
+  std::size_t exponents;
+};
+
+DT_HD std::size_t parts(std::size_t elements, std::size_t size) {
+  return (elements + size - 1) / size;
+}
+
+DT_HD Sections sections(u32 codec, std::size_t n) {
+  if (codec == 0) return {n * 4, 0, 0};
+  if (codec == 1 || codec == 2) return {n * 2, 0, 0};
+  if (codec == 3) return {parts(n, 16) * 16, parts(n, kInt8Block) * 4, 0};
+  if (codec == 4) return {parts(n, 32) * 16, parts(n, kE2m1Block), parts(n, kE2m1Group)};
+  if (codec == 5) return {parts(n, 32) * 16, parts(n, kE3m0Block), 0};
+  return {parts(n, 64) * 16, parts(n, kInt2Block) * 4, 0};
+}
+
 #ifdef __CUDA_ARCH__
 DT_HD u32 bits(float x) { return __float_as_uint(x); }
 DT_HD float real(u32 x) { return __uint_as_float(x); }

@@ -14,34 +14,8 @@ namespace {
 
 using namespace block;
 
-constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
-
-// Bytes of the three sections of a chunk, in order: codes, scales, group exponents.
-struct Sections {
-  std::size_t codes;
-  std::size_t scales;
-  std::size_t exponents;
-};
-
-Sections sections(Codec codec, std::size_t elements) {
-  switch (codec) {
-    case Codec::f32:
-      return {elements * 4, 0, 0};
-    case Codec::bf16:
-    case Codec::f16:
-      return {elements * 2, 0, 0};
-    case Codec::int8:
-      return {ceil_div(elements, 16) * 16, ceil_div(elements, kInt8Block) * 4, 0};
-    case Codec::e2m1:
-      return {ceil_div(elements, 32) * 16, ceil_div(elements, kE2m1Block),
-              ceil_div(elements, kE2m1Group)};
-    case Codec::e3m0:
-      return {ceil_div(elements, 32) * 16, ceil_div(elements, kE3m0Block), 0};
-    case Codec::int2:
-      return {ceil_div(elements, 64) * 16, ceil_div(elements, kInt2Block) * 4, 0};
-  }
-  assert(false);
-  return {0, 0, 0};
+Sections sections_of(Codec codec, std::size_t elements) {
+  return sections(static_cast<u32>(codec), elements);
 }
 
 template <typename T>
@@ -54,17 +28,17 @@ T load(const u8* bytes, std::size_t index) {
 bool scales_ok(Codec codec, const Place& in, std::size_t elements) {
   bool ok = true;
   if (codec == Codec::int8) {
-    for (std::size_t i = 0; i < ceil_div(elements, kInt8Block); ++i) {
+    for (std::size_t i = 0; i < parts(elements, kInt8Block); ++i) {
       ok &= int8_ok(load<u32>(in.scales, i));
     }
   } else if (codec == Codec::e2m1) {
-    for (std::size_t i = 0; i < ceil_div(elements, kE2m1Block); ++i) {
+    for (std::size_t i = 0; i < parts(elements, kE2m1Block); ++i) {
       ok &= e2m1_ok(in.scales[i], in.exponents[i / (kE2m1Group / kE2m1Block)]);
     }
   } else if (codec == Codec::e3m0) {
-    for (std::size_t i = 0; i < ceil_div(elements, kE3m0Block); ++i) ok &= e3m0_ok(in.scales[i]);
+    for (std::size_t i = 0; i < parts(elements, kE3m0Block); ++i) ok &= e3m0_ok(in.scales[i]);
   } else if (codec == Codec::int2) {
-    for (std::size_t i = 0; i < ceil_div(elements, kInt2Block) * 2; ++i) {
+    for (std::size_t i = 0; i < parts(elements, kInt2Block) * 2; ++i) {
       ok &= int2_ok(load<u16>(in.scales, i));
     }
   }
@@ -78,15 +52,15 @@ Place place_const(Codec codec, const std::byte* bytes, std::size_t elements) {
 }  // namespace
 
 std::size_t encoded_bytes(Codec codec, std::size_t elements) {
-  const Sections s = sections(codec, elements);
+  const Sections s = sections_of(codec, elements);
   return s.codes + s.scales + s.exponents;
 }
 
 Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t begin) {
   assert(begin % kPart == 0);
   assert(begin <= elements);
-  const Sections all = sections(codec, elements);
-  const Sections before = sections(codec, begin);
+  const Sections all = sections_of(codec, elements);
+  const Sections before = sections_of(codec, begin);
   Place out;
   u8* base = reinterpret_cast<u8*>(bytes);
   out.codes = base + before.codes;
@@ -97,7 +71,7 @@ Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t beg
 
 void clear_padding(Codec codec, std::byte* bytes, std::size_t elements) {
   if (codec != Codec::int8) return;  // the others fill whole groups
-  const std::size_t padded = ceil_div(elements, 16) * 16;
+  const std::size_t padded = parts(elements, 16) * 16;
   std::memset(bytes + elements, 0, padded - elements);
 }
 

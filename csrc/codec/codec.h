@@ -73,4 +73,8 @@ bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contr
 // True when the bytes are a valid encoding of finite values only.
 bool valid(Codec codec, const std::byte* bytes, std::size_t elements);
 
+// The CUDA kernels run on the CPU, thread by thread (codec/tile.h): slow, for tests of their bits.
+bool encode_as_cuda(Codec codec, std::span<const float> values, std::byte* out);
+bool decode_as_cuda(Codec codec, const std::byte* bytes, std::span<float> out);
+
 }  // namespace decotrain

@@ -46,11 +46,12 @@ const std::byte* raw(const Bytes& bytes) {
 }
 std::byte* raw(const BytesOut& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
 
-bool encode(const std::string& name, const Floats& values, const BytesOut& out) {
+bool encode(const std::string& name, const Floats& values, const BytesOut& out, bool as_cuda) {
   const Codec codec = codec_of(name);
   check_bytes(codec, values.size(), out.size());
   const std::span<const float> from(values.data(), values.size());
   const nb::gil_scoped_release release;
+  if (as_cuda) return decotrain::encode_as_cuda(codec, from, raw(out));
   return decotrain::encode(codec, from, raw(out));
 }
 
@@ -75,11 +76,12 @@ bool encode_with_feedback(const std::string& name, const Floats& values, const R
       codec, from, std::span(static_cast<std::uint16_t*>(data), from.size()), raw(out));
 }
 
-bool decode(const std::string& name, const Bytes& bytes, const FloatsOut& out) {
+bool decode(const std::string& name, const Bytes& bytes, const FloatsOut& out, bool as_cuda) {
   const Codec codec = codec_of(name);
   check_bytes(codec, out.size(), bytes.size());
   const std::span<float> to(out.data(), out.size());
   const nb::gil_scoped_release release;
+  if (as_cuda) return decotrain::decode_as_cuda(codec, raw(bytes), to);
   return decotrain::decode(codec, raw(bytes), to);
 }
 
@@ -130,14 +132,15 @@ void bind_codec(nb::module_& m) {
       "codec"_a, "elements"_a, "Bytes of so many encoded values.");
   m.def("codec_pair", &codec_pair, "name"_a,
         "(contribution, result) codecs of a name such as 'int8' or 'e2m1+int8'.");
-  m.def("codec_encode", &encode, "codec"_a, "values"_a, "out"_a,
-        "Encodes flat float32 values; False when one is NaN or infinite.");
+  m.def("codec_encode", &encode, "codec"_a, "values"_a, "out"_a, "as_cuda"_a = false,
+        "Encodes flat float32 values; False when one is NaN or infinite.\n"
+        "as_cuda (tests): by the CUDA kernels' code, run on the CPU.");
   m.def("codec_encode_with_feedback", &encode_with_feedback, "codec"_a, "values"_a, "residual"_a,
         "out"_a,
         "Encodes y = values + residual and leaves y - decode(encode(y)) in the residual\n"
         "(float32, bfloat16, or uint16 that holds bfloat16); False, with the residual as before,\n"
         "when a sum is NaN or infinite.");
-  m.def("codec_decode", &decode, "codec"_a, "data"_a, "out"_a,
+  m.def("codec_decode", &decode, "codec"_a, "data"_a, "out"_a, "as_cuda"_a = false,
         "Decodes into flat float32; False when the bytes are no valid encoding.");
   m.def("codec_valid", &valid, "codec"_a, "data"_a, "elements"_a,
         "True when the bytes are a valid encoding of so many finite values.");
