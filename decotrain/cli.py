@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -206,6 +207,7 @@ def coordinator(words: list[str]) -> int:
     asked = parser.parse_args(words)
     if asked.with_parent:
         end_with_parent()
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)  # to stderr
     from decotrain.control.coordinator import Options
     from decotrain.control.server import serve
 

@@ -143,6 +143,11 @@ def test_the_summary_does_not_hide_a_difference() -> None:
     assert "NOT EQUAL" in "\n".join(describe(summary))
 
 
+def test_a_sample_cannot_command_the_terminal() -> None:
+    text = "\n".join(describe(make_summary(sample="a\x1b[31mb\x07\tc\rd")))
+    assert "a·[31mb·\tc·d" in text
+
+
 def test_bytes_of_per_step_averaging() -> None:
     assert per_step_bytes(parameters=1000, peers=4, steps=10) == 10 * 4 * (2 * 3 / 4) * 4000
     assert per_step_bytes(1000, 1, 10) == 0

@@ -8,14 +8,12 @@ launcher trains nothing and decides no membership; torch is imported only when t
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shlex
 import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +46,7 @@ class Launcher:
         self.names = [f"peer-{number}" for number in range(1, settings.peers + 1)]
         self.launches = {name: secrets.token_hex(8) for name in self.names}
         self.restarts = dict.fromkeys(self.names, 0)
+        self.began = dict.fromkeys(self.names, 0)  # step at which the last restart came
         self.children: dict[str, Child] = {}
         self.tails: dict[str, Tail] = {}
         self.coordinator: Child | None = None
@@ -206,12 +205,15 @@ class Launcher:
         rows = self.board.rows.values()
         if any(row.state == "finished" for row in rows):
             return  # the run is about to end; there would be nobody to fetch state from
-        if self.restarts[name] >= self.settings.restarts:
+        row = self.board.rows[name]
+        # Crashing again where it began, it would crash for ever.
+        hopeless = "exit code" in why and row.incarnation and row.step <= self.began[name]
+        if self.restarts[name] >= self.settings.restarts or hopeless:
             if not self.children:
                 raise Error(f"all peers are lost; the last was {name} ({why}); see {self.folder}")
             return
         self.restarts[name] += 1
-        row = self.board.rows[name]
+        self.began[name] = row.step
         row.state, row.incarnation = "starting", row.incarnation + 1
         alone = not self.children
         self._start_peer(name, self._newest_checkpoint() if alone else None)
@@ -250,9 +252,8 @@ class Launcher:
         folder = self.folder / "baseline"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        threads = max(self.settings.threads, min(self.settings.peers, os.cpu_count() or 1))
-        settings = replace(self.settings, threads=threads)
-        (folder / "config.json").write_text(json.dumps(to_mapping(settings)), encoding="utf-8")
+        text = json.dumps(to_mapping(self.settings))
+        (folder / "config.json").write_text(text, encoding="utf-8")
         tail = Tail(folder / f"{ALONE}.jsonl")
         child = start_peer(folder, ALONE, ["--alone"], secrets.token_hex(8))
         self.children = {ALONE: child}

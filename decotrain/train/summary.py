@@ -92,6 +92,11 @@ def summarise(
     )
 
 
+def printable(text: str) -> str:
+    """What a model wrote may contain anything; a terminal should not obey it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
+
+
 def describe(summary: Summary) -> list[str]:
     """The summary for people, line by line."""
 
@@ -120,5 +125,8 @@ def describe(summary: Summary) -> list[str]:
             if summary.digests_equal
             else "                  NOT EQUAL: please report this"
         )
-    lines += ["sample            (generated)", *("  " + x for x in summary.sample.splitlines())]
+    lines += [
+        "sample            (generated)",
+        *("  " + x for x in printable(summary.sample).splitlines()),
+    ]
     return lines

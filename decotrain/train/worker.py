@@ -34,6 +34,7 @@ from decotrain.train.settings import InnerSettings, Settings, parse
 
 PROGRESS_S = 1.0  # between two lines about progress
 EVALUATION_BATCH = 32
+LEAVE_S = 3.0  # less than the launcher's patience
 
 
 class Stopped(BaseException):
@@ -204,8 +205,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     trainer.progress(outer.global_step, **_figures(trainer, outer))
     trainer.save(place, outer.rounds(), outer)
     journal.write(
-        "end", step=outer.global_step, round=outer.rounds(), digest=outer.digest(),
-        **_figures(trainer, outer),
+        "end", step=outer.global_step, digest=outer.digest(), **_figures(trainer, outer)
     )  # fmt: skip
 
 
@@ -282,15 +282,18 @@ def main(arguments: list[str] | None = None) -> int:
             train_alone(trainer)
             return 0
         shared = {key: json.loads(_config_text(asked.folder))[key] for key in ("model", "outer")}
-        with join(
+        comm = join(
             asked.join,
             name=asked.peer,
             run=settings.name,
             config=shared,
             min_peers=settings.peers,
             listen=os.environ.get("DECOTRAIN_LISTEN", "127.0.0.1"),
-        ) as comm:
+        )
+        try:
             train_together(trainer, comm, asked.resume)
+        finally:  # an error of ours is no reason to let the others wait for a timeout
+            comm.leave(LEAVE_S)
     except Stopped:
         journal.write("stopped")
     except Error as error:
