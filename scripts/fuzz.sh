@@ -12,8 +12,8 @@ if ! have_fuzzer; then
   exit 0
 fi
 if [ -d "$venv/bin" ]; then export PATH="$venv/bin:$PATH"; fi
-cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz -j "$(nproc)" | tail -n 1
+quietly cmake --preset fuzz
+quietly cmake --build --preset fuzz -j "$(nproc)"
 for source in csrc/fuzz/fuzz_*.cpp; do
   name=$(basename "$source" .cpp)
   [ -f "$source" ] || fail "no fuzzers in csrc/fuzz"

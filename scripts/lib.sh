@@ -15,6 +15,13 @@ fail() {
   exit 1
 }
 
+quietly() {  # a command whose output matters only when it fails
+  "$@" >"$log" 2>&1 </dev/null || {
+    tail -n 80 "$log" >&2
+    fail "failed: $*"
+  }
+}
+
 last_line() { tail -n 1 "$1"; }
 
 have_fuzzer() {  # clang 19 that can link libFuzzer

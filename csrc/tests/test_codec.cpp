@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -91,7 +92,8 @@ Outcome run_codec(Codec codec, std::span<const float> values) {
   std::vector<float> decoded(values.size());
   REQUIRE(decode(codec, out.bytes.data(), decoded));
   out.decoded.resize(values.size());
-  std::memcpy(out.decoded.data(), decoded.data(), values.size_bytes());
+  std::ranges::transform(decoded, out.decoded.begin(),
+                         [](float value) { return std::bit_cast<std::uint32_t>(value); });
   REQUIRE(std::ranges::all_of(decoded, [](float value) { return std::isfinite(value); }));
   const std::array<Contribution, 3> from{
       {{out.bytes.data(), 0.3f}, {out.bytes.data(), 1.0f}, {out.bytes.data(), 0.7f}}};

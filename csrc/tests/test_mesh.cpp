@@ -14,6 +14,8 @@ const std::vector<std::string> kUnixOnly = {"unix://"};
 
 void exchange(const std::vector<std::string>& listen, std::size_t streams, bool unix_expected) {
   MeshOptions options = fast_options();
+  options.link_timeout_s = 10.0;  // a busy machine is no dead link: frames would be lost with it
+  options.handshake_timeout_s = 10.0;
   options.streams = streams;
   TestPeers peers = make_peers(3, listen, options);
   introduce(peers);
