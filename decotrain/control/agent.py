@@ -227,7 +227,7 @@ class Agent:
         elif kind in ("diverged", "late_done", "refused", "spec_mismatch") and event["tag"] >= 0:
             doubt = mb.Doubt(
                 kind=kind,
-                who=event["peer"] if kind != "diverged" else 0,
+                who=event["peer"],
                 tag=event["tag"],
                 seq=event["seq"],
                 digests=parse_digests(event["detail"]) if kind == "diverged" else (),
@@ -289,9 +289,9 @@ def new_peer_id() -> int:
 
 
 def parse_digests(detail: str) -> tuple[tuple[int, int], ...]:
-    """'0=1f.., 2=ab..' (slot=hex digest) -> pairs."""
+    """'0=1f../c0..,2=ab../c0..' (slot=results/state, hex) -> pairs of slot and both in one."""
     return tuple(
-        (int(slot), int(digest, 16))
-        for slot, digest in re.findall(r"(\d+)=(?:0x)?([0-9a-fA-F]+)", detail)
+        (int(slot), (int(results, 16) * 31 + int(state, 16)) % 2**64)
+        for slot, results, state in re.findall(r"(\d+)=([0-9a-f]{16})/([0-9a-f]{16})", detail)
         if int(slot) < 64
     )

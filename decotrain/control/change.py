@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _EPOCH_MASK = 2**32 - 1
 _GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
-_NOT_BELIEVED = ("diverged", "unfit")  # whose report no plan is made from
-_NOT_ASKED = ("exited", "kicked", "diverged", "unfit")
+_NOT_BELIEVED = ("diverged", "unfit", "void")  # whose report no plan is made from
+_NOT_ASKED = ("exited", "kicked", "diverged", "unfit", "void")
 
 
 @dataclass

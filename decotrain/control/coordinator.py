@@ -319,7 +319,10 @@ class Coordinator:
         accuser = members.get(message.peer)
         if accuser is None or message.view != self.record.view or self.changes.busy():
             return
-        if message.kind == "diverged":
+        if message.who == message.peer:
+            self.leave_out(message.who, "void", message.detail or "its state is void", now)
+            return
+        if message.kind == "diverged" and not message.who:
             self._diverged(message, now)
             return
         accused = members.get(message.who)
@@ -335,6 +338,8 @@ class Coordinator:
                 self.demoted[accused.peer] = detail
                 self.due_s = now + self.options.batch_s
                 self.log("demoted", f"{self.name(accused.peer)}: {detail}", now)
+        elif message.kind == "diverged":
+            self.leave_out(accused.peer, "diverged", detail, now)
         elif message.kind == "spec_mismatch" and accuser.slot < accused.slot:
             self.leave_out(accused.peer, "unfit", f"another round specification: {detail}", now)
         elif message.kind == "refused":

@@ -1,0 +1,86 @@
+"""Which rounds' effects the application's shared state contains, and what to do about the others.
+
+Pure bookkeeping: the communicator carries it out on tensors, the simulator on a model of them. A
+tag's version is the number of its rounds whose effect the state contains. A *void* state is not
+the run's (a newcomer's, or that of a branch the run has left): it counts for nothing and is
+fetched. The rules are in docs/protocol.md, "State".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do next for a tag."""
+
+    do: str  # "apply" or "discard" a missed result, "fetch" the state, "nothing"
+    seq: int = -1
+
+
+class Versions:
+    def __init__(self, versions: Mapping[int, int]) -> None:
+        self.version = dict(versions)
+        self.void: dict[int, bool] = dict.fromkeys(versions, False)
+        self.stable: dict[int, int] = {}  # last stable round, as the newest plan knows it
+        self.view = 0
+
+    def declared(self) -> list[tuple[int, int]]:
+        """For Engine.declare: the last round each tag's state contains; -1 when void."""
+        return [
+            (tag, -1 if self.void[tag] else version - 1)
+            for tag, version in sorted(self.version.items())
+        ]
+
+    def make_void(self) -> None:
+        for tag in self.void:
+            self.void[tag] = True
+
+    def installed(self, view: int, tags: Sequence[Mapping[str, int]], void: bool) -> bool:
+        """Takes note of a plan. False: we hold a round that the view does not know; our branch
+        is void and we must come back as a newcomer (V11)."""
+        self.view = view
+        if void:
+            self.make_void()
+        ahead = False
+        for entry in tags:
+            tag, stable = entry["tag"], entry["stable"]
+            self.stable[tag] = stable
+            if tag in self.version and not self.void[tag] and self.version[tag] - 1 > stable:
+                ahead = True
+        return not ahead
+
+    def next(self, tag: int, missed: Sequence[int]) -> Step:
+        """`missed`: rounds whose results the engine holds for us, ascending."""
+        version = self.version[tag]
+        if missed and (self.void[tag] or missed[0] > version):
+            return Step("fetch")
+        if missed:
+            return Step("apply" if missed[0] == version else "discard", missed[0])
+        if self.void[tag] or self.stable.get(tag, -1) >= version:
+            return Step("fetch")
+        return Step("nothing")
+
+    def applied(self, tag: int, seq: int) -> None:
+        assert not self.void[tag]
+        assert seq == self.version[tag], f"round {seq} applied to version {self.version[tag]}"
+        self.version[tag] = seq + 1
+        self.stable[tag] = max(self.stable.get(tag, -1), seq)
+
+    def fetched(self, tag: int, version: int, view: int, frozen: bool) -> bool:
+        """May state served in `view` be taken? Not from another view, and not after we reported:
+        a plan made without it could run the last of its rounds again."""
+        if frozen or view != self.view:
+            return False
+        self.version[tag] = version
+        self.void[tag] = False
+        return True
+
+    def current(self) -> bool:
+        """True when nothing that is known to be stable is missing."""
+        return all(
+            not self.void[tag] and version - 1 >= self.stable.get(tag, -1)
+            for tag, version in self.version.items()
+        )

@@ -1,0 +1,435 @@
+"""One peer of the simulator: the real Member and the real Engine, and a model of a trainer.
+
+The trainer begins rounds of several tags in order, contributes numbers whose sum names its
+contributors, keeps a chained digest as its state, applies results in order, and fetches state
+when it lacks rounds. What to do when is decided by the real `decotrain.versions`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from decotrain._core import Engine
+from decotrain.control import member as mb
+from decotrain.control import messages as m
+from decotrain.control.agent import parse_digests
+from decotrain.control.effects import identity
+from decotrain.versions import Versions
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+@dataclass
+class Flight:
+    """A round begun here whose result is not taken yet."""
+
+    seq: int
+    state: str
+
+
+class SimPeer:
+    def __init__(self, world: World, peer: int, process: int, number: int) -> None:
+        self.world = world
+        self.id = peer
+        self.process = process  # who is started again, with another id
+        self.number = number  # of the incarnation in this history: its bit in sums
+        self.alive, self.stopped = True, False
+        self.slow = 1.0
+        self.later: list[Callable[[], None]] = []  # what waits for SIGCONT
+        options = world.options
+        self.engine = world.plants.engine(
+            Engine(
+                peer,
+                grace_s=options.grace_s,
+                quorum=options.quorum,
+                done_bound_s=options.done_bound_s,
+                missed_rounds=options.missed_rounds,
+            )
+        )
+        who = mb.Identity(
+            run="sim",
+            peer=peer,
+            name=f"p{process}",
+            host="h",
+            launch=f"w{process}" if options.launchers else "",
+            share=world.draw.choice((1.0, 1.0, 2.0, 0.0)) if options.shares else 1.0,
+        )
+        self.member = world.plants.member(mb.Member(who, random.Random(peer)))
+        self.others: list[int] = []
+        self.contacts: set[int] = set()
+        self.routes: dict[int, int] = {}
+        self.down: set[int] = set()
+        self.over = False
+        # the trainer
+        stateful = [tag for tag in range(options.tags) if tag not in options.stateless]
+        self.versions = Versions(dict.fromkeys(stateful, 0))
+        self.state = dict.fromkeys(stateful, "")
+        self.flights: dict[int, Flight] = {}
+        self.due_s = dict.fromkeys(range(options.tags), 0.0)
+        self.fetching: dict[int, float] = {}
+        self.done_rounds = dict.fromkeys(range(options.tags), 0)
+
+    # --- the process
+
+    def start(self) -> None:
+        self.engine.declare(self.versions.declared())
+        self.step(mb.Ready())
+        self.world.after(self.world.draw.random() * 0.1, self.tick)
+
+    def tick(self) -> None:
+        if not self.alive or self.over:
+            return
+        if not self.stopped:
+            self.engine.tick(self.world.now)
+            self.step(None)
+            self.touched()
+        self.world.after(self.world.options.tick_s, self.tick)
+
+    def step(self, event: Any) -> None:
+        if not self.alive or self.over:
+            return
+        for effect in self.member.step(event, self.world.now):
+            self.carry(effect)
+            if not self.alive:
+                return
+
+    def hear(self, data: bytes) -> None:
+        """A control message arrives."""
+        if not self.alive or self.over:
+            return
+        if self.stopped:
+            self.later.append(lambda: self.hear(data))
+            return
+        self.step(mb.Message(m.decode(data)))
+        self.touched()
+
+    def carry(self, effect: Any) -> None:
+        world = self.world
+        if isinstance(effect, mb.Say):
+            source, data = identity(self.id), m.encode(effect.message)
+            world.control.send(self.id, lambda data: world.to_coordinator(source, data), data)
+        elif isinstance(effect, mb.EngineFreeze):
+            report = self.engine.freeze(*effect.freeze)
+            world.note("freeze", self.id, effect.freeze)
+            self.step(mb.Reported(effect.freeze, report))
+        elif isinstance(effect, mb.EngineInstall):
+            self.install(effect)
+        elif isinstance(effect, mb.SetRoutes):
+            changed = {
+                peer
+                for peer in self.routes.keys() | effect.routes.keys()
+                if self.routes.get(peer) != effect.routes.get(peer)
+            }
+            self.routes = effect.routes
+            for peer in sorted(changed):
+                self.reset(peer)
+        elif isinstance(effect, mb.Tell):
+            world.note("told", self.id, effect.kind, effect.detail)
+            if effect.kind in ("evicted", "refused"):
+                self.over = True
+                world.left(self, effect)
+
+    def install(self, effect: mb.EngineInstall) -> None:
+        world, view = self.world, effect.install["view"]
+        if effect.void:
+            self.versions.make_void()
+            self.engine.declare(self.versions.declared())
+        done = self.engine.install(effect.install, world.now)
+        if not done:
+            self.step(mb.Installed(view["id"], False))
+            return
+        self.others = [row[0] for row in view["members"] if row[0] != self.id]
+        self.contacts = set(self.others)
+        ours = self.versions.installed(view["id"], effect.install["tags"], effect.void)
+        self.step(mb.Installed(view["id"], True))
+        world.check(
+            ev="install",
+            peer=self.id,
+            view=view["id"],
+            generation=self.member.generation,
+            members=[row[:3] for row in view["members"]],
+            held={tag: self.held(tag) for tag in self.versions.version},
+        )
+        for tag, flight in list(self.flights.items()):
+            if self.engine.ready(tag, flight.seq):
+                self.take(tag)
+        self.down &= self.contacts
+        if not ours:
+            self.doubt_self("holds a round that the view does not know")
+        world.links.resume(self)
+
+    def held(self, tag: int) -> int:
+        """The last round whose effect we have or whose result is in our hands."""
+        last = -1 if self.versions.void[tag] else self.versions.version[tag] - 1
+        missed = set(self.engine.missed(tag))
+        while last + 1 in missed or self.engine.ready(tag, last + 1):
+            last += 1
+        return last
+
+    def doubt_self(self, why: str) -> None:
+        self.versions.make_void()
+        self.engine.declare(self.versions.declared())
+        self.step(mb.Doubt("void", self.id, 0, 0, (), why))
+
+    def knows(self, other: int) -> bool:
+        return other in self.contacts
+
+    def reset(self, other: int) -> None:
+        if self.alive and not self.over and other in self.contacts:
+            if self.stopped:
+                self.later.append(lambda: self.reset(other))
+                return
+            self.engine.on_link_reset(other, self.world.now)
+            self.touched()
+
+    def link(self, other: int, up: bool) -> None:
+        """What the mesh sees of a link."""
+        if not self.alive or self.over or (other not in self.contacts and not up):
+            return
+        if self.stopped:
+            self.later.append(lambda: self.link(other, up))
+        elif up == (other in self.down):
+            self.down ^= {other}
+            self.step(mb.Link(other, up))
+
+    def resume(self) -> None:
+        self.stopped = False
+        later, self.later = self.later, []
+        for action in later:
+            action()
+        self.world.links.resume(self)
+        self.touched()
+
+    # --- the trainer
+
+    def touched(self) -> None:
+        """Something may have changed: events, results, frames."""
+        if not self.alive or self.over:
+            return
+        for event in self.engine.take_events():
+            self.on_event(event)
+        self.train()
+        self.world.links.pump(self)
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        self.world.note("event", self.id, kind, event["tag"], event["seq"], event["detail"])
+        if kind in ("diverged", "late_done", "refused", "spec_mismatch"):
+            if kind != "late_done":
+                self.world.check(ev="complain", peer=self.id, text=f"{kind} {event['detail']}")
+            digests = parse_digests(event["detail"]) if kind == "diverged" else ()
+            self.step(
+                mb.Doubt(kind, event["peer"], event["tag"], event["seq"], digests, event["detail"])
+            )
+
+    def train(self) -> None:
+        if not self.member.view:
+            return
+        for tag in self.due_s:
+            if not self.alive or self.over:
+                return
+            flight = self.flights.get(tag)
+            if flight is not None:
+                if self.engine.ready(tag, flight.seq):
+                    self.take(tag)
+                continue
+            if self.catch_up(tag):
+                self.begin(tag)
+        current = self.versions.current()
+        if current != self.member.current and not self.member.active:
+            self.step(mb.Current(current))
+
+    def catch_up(self, tag: int) -> bool:
+        """True when nothing is missing."""
+        while True:
+            missed = self.engine.missed(tag)
+            if tag not in self.versions.version:
+                if not missed:
+                    return True
+                self.returned(self.engine.take_result(tag, missed[0]))
+                continue
+            step = self.versions.next(tag, missed)
+            if step.do in ("apply", "discard"):
+                result = self.engine.take_result(tag, step.seq)
+                if step.do == "apply":
+                    self.apply(result)
+                continue
+            if step.do == "fetch":
+                self.fetch(tag)
+            return step.do == "nothing"
+
+    def begin(self, tag: int) -> None:
+        world, options = self.world, self.world.options
+        if self.due_s[tag] > world.now or not self.engine.may_begin(tag):
+            return
+        if not self.member.active and not options.observers_begin:
+            return
+        stateful = tag in self.versions.version
+        shape = options.shapes[tag]
+        salt = world.draw.randrange(1 << 12)
+        skip = world.faulty and world.draw.random() < options.skips
+        data = None if skip else shape.data(self.number, salt)
+        state = self.state[tag] if stateful else ""
+        digest = digest_of(state) if options.state_digests and stateful else 0
+        seq = self.engine.begin(
+            tag, shape.spec, data, state_digest=digest, encoded=False, now=world.now
+        )
+        give = None if data is None else [self.number, salt]
+        world.check(ev="begin", peer=self.id, tag=tag, seq=seq, give=give)
+        if stateful and self.member.active and seq != self.versions.version[tag]:
+            text = f"begins {tag}/{seq} at version {self.versions.version[tag]}"
+            world.check(ev="complain", peer=self.id, text=text)
+        self.flights[tag] = Flight(seq, state)
+
+    def take(self, tag: int) -> None:
+        flight = self.flights.pop(tag)
+        think_s = self.world.options.think_s * self.slow * (0.5 + self.world.draw.random())
+        self.due_s[tag] = self.world.now + think_s
+        result = self.engine.take_result(tag, flight.seq)
+        if result.outcome != "stable":
+            self.world.note("lost", self.id, tag, flight.seq, result.outcome)
+            return
+        if tag not in self.versions.version:
+            self.returned(result)
+        elif not self.versions.void[tag] and self.versions.version[tag] == result.seq:
+            self.apply(result)
+
+    def returned(self, result: Any) -> None:
+        peers = dict(result.peers)
+        shape = self.world.options.shapes[result.tag]
+        chunks = [
+            [[peers[slot] for slot in range(64) if mask >> slot & 1], shape.value(result, chunk)]
+            for chunk, mask in enumerate(result.contributors)
+        ]
+        self.done_rounds[result.tag] += 1
+        self.world.check(
+            ev="return",
+            peer=self.id,
+            view=result.view,
+            generation=self.member.generation,
+            tag=result.tag,
+            seq=result.seq,
+            digest=result.digest,
+            chunks=chunks,
+        )
+
+    def apply(self, result: Any) -> None:
+        self.returned(result)
+        if not self.alive:
+            return
+        tag = result.tag
+        value = hashlib.blake2b(result.values, digest_size=8).hexdigest()
+        self.state[tag] = hashlib.blake2b(
+            f"{self.state[tag]} {result.seq} {value}".encode(), digest_size=8
+        ).hexdigest()
+        self.versions.applied(tag, result.seq)
+        self.engine.set_covered(tag, result.seq)
+        self.state_event(tag)
+
+    def state_event(self, tag: int) -> None:
+        self.world.check(
+            ev="state",
+            peer=self.id,
+            view=self.member.view,
+            generation=self.member.generation,
+            tag=tag,
+            version=self.versions.version[tag],
+            digest=self.state[tag],
+        )
+
+    def fetch(self, tag: int) -> None:
+        world = self.world
+        if self.fetching.get(tag, 0.0) > world.now:
+            return
+        able = [
+            peer
+            for peer in self.others
+            if (other := world.peers.get(peer)) is not None
+            and other.alive and not other.stopped and not other.over
+            and world.links.usable(self.id, peer)
+            and tag in other.versions.version and not other.versions.void[tag]
+            and other.member.view == self.member.view
+        ]  # fmt: skip
+        if not able:
+            return
+        server = world.peers[world.draw.choice(able)]
+        got = (server.versions.version[tag], server.state[tag], server.member.view)
+        delay_s = world.options.fetch_s * (0.5 + world.draw.random())
+        self.fetching[tag] = world.now + delay_s
+        world.after(delay_s, lambda: self.fetched(tag, *got))
+
+    def fetched(self, tag: int, version: int, state: str, view: int) -> None:
+        if not self.alive or self.over:
+            return
+        if self.stopped:
+            self.later.append(lambda: self.fetched(tag, version, state, view))
+            return
+        behind = self.versions.void[tag] or version > self.versions.version[tag]
+        if not behind or tag in self.flights:
+            return
+        frozen = self.world.plants.fetch_frozen(self.engine.frozen)
+        if self.versions.fetched(tag, version, view, frozen):
+            self.state[tag] = state
+            self.engine.set_covered(tag, version - 1)
+            self.world.note("fetched", self.id, tag, version)
+            self.state_event(tag)
+        self.touched()
+
+
+def digest_of(state: str) -> int:
+    return int.from_bytes(hashlib.blake2b(state.encode(), digest_size=8).digest(), "big") or 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A round's specification: a sum of f32 chunks whose first two elements tell everything."""
+
+    spec: bytes
+    elements: int
+    chunk_elements: int
+
+    def data(self, number: int, salt: int) -> bytes:
+        out = bytearray(4 * self.elements)
+        for at in range(0, self.elements, self.chunk_elements):
+            struct.pack_into("<f", out, 4 * at, float(1 << number % 23))
+            if at + 1 < self.elements:
+                struct.pack_into("<f", out, 4 * at + 4, float(salt))
+        return bytes(out)
+
+    def value(self, result: Any, chunk: int) -> list[float]:
+        data = result.chunk(chunk)
+        pair = [struct.unpack_from("<f", data, at)[0] for at in range(0, min(8, len(data)), 4)]
+        return [int(value) for value in pair]
+
+    def expect(self, given: list[Any], chunk: int) -> list[int]:
+        if not given:
+            return []
+        size = min(self.chunk_elements, self.elements - chunk * self.chunk_elements)
+        sums = [sum(1 << number % 23 for number, _ in given), sum(salt for _, salt in given)]
+        return sums[: min(2, size)]
+
+
+@dataclass(frozen=True)
+class CollectShape:
+    """A collect round: each peer's bytes are its number and salt, as many as they like."""
+
+    spec: bytes
+
+    def data(self, number: int, salt: int) -> bytes:
+        return struct.pack("<II", number, salt) * (1 + salt % 7)
+
+    def value(self, result: Any, chunk: int) -> list[int]:
+        data = result.chunk(chunk)
+        return list(struct.unpack_from("<II", data)) + [len(data)] if data else []
+
+    def expect(self, given: list[Any], chunk: int) -> list[int]:
+        if not given:
+            return []
+        number, salt = given[0]
+        return [number, salt, 8 * (1 + salt % 7)]
