@@ -27,6 +27,13 @@ class Versions:
         self.stable: dict[int, int] = {}  # last stable round, as the newest plan knows it
         self.view = 0
 
+    def __repr__(self) -> str:
+        tags = [
+            f"{tag}: {'void' if self.void[tag] else version}/{self.stable.get(tag, -1) + 1}"
+            for tag, version in self.version.items()
+        ]
+        return f"<{', '.join(tags)}>"
+
     def declared(self) -> list[tuple[int, int]]:
         """For Engine.declare: the last round each tag's state contains; -1 when void."""
         return [

@@ -97,8 +97,10 @@ class Changes:
             if away and now - c.started_s < c.options.recover_s:
                 return False
             return bool(c.ready())
-        if c.due_s is not None and now >= c.due_s:
-            return bool(c.out or c.demoted)
+        if not (c.out or c.demoted):
+            c.due_s = None  # the suspect was only slow
+        elif c.due_s is None or now >= c.due_s:
+            return True
         if self.installing is not None or now < self.calm_s:
             return False
         members = c.members()
