@@ -28,6 +28,9 @@ class Options:
     config: dict[str, Any] | None = None  # None: the first peer that brings one decides
     min_peers: int | None = None  # of the first view; None: what the peers ask for
     token: bytes = b""  # fingerprint
+    # Of a run without record: later than any term a lost record can have had. The shell gives the
+    # time in seconds, so that no epoch is used twice even then.
+    first_term: int = 1
     recover_minority: bool = False  # rebuild a lost record from fewer than a majority
     suspect_timeout_s: float = 3.0  # without heartbeat
     report_timeout_s: float = 3.0  # without report after a FREEZE
@@ -76,7 +79,8 @@ class Coordinator:
         self.effects = []
         if self.started_s is None:
             self.started_s = self.stepped_s = now
-            self.persist(self.record.next_term())
+            term = self.record.term + 1 if self.record.term else self.options.first_term
+            self.persist(replace(self.record, term=term))
             self.log("started", f"run {self.record.run}, term {self.record.term}", now)
         elif now - self.stepped_s > STALL_S:
             for peer in self.peers.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,6 @@ class Record:
     view: int = 0
     members: tuple[RecordMember, ...] = ()
     slots_used: tuple[int, ...] = ()  # least recently used first
-
-    def next_term(self) -> Record:
-        return replace(self, term=self.term + 1)
 
 
 _check_member = fields_of(

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Server:
         except ConfigError:
             self.context.term()
             raise
+        options = replace(options, first_term=int(time.time()))
         self.coordinator = Coordinator(options, record)
         self.on_log = on_log
         self.stopping = threading.Event()

@@ -5,9 +5,10 @@ It knows no protocol and trusts nobody's word but what peers did. Events (key `e
     persist   generation view members      the record is durable
     install   peer generation view members held    members: [[peer, slot, active], ...];
               held: {tag: last round whose effect or result the peer has} for tags with state
-    begin     peer tag seq give            give: what it contributes, None for a skip
+    begin     peer generation tag seq give            give: what it contributes, None for a skip
     return    peer view generation tag seq digest chunks
-              chunks: [[contributors (peers), value], ...]; wait() returned it as stable
+              chunks: [[contributors (peers; 0: not known here), value], ...]; wait() returned
+              it as stable
     state     peer view generation tag version digest     after a result was applied or fetched
     complain  peer text                    the engine named another peer, or itself, without cause
 
@@ -109,8 +110,10 @@ class Checker:
 
     def _begin(self, event: Event) -> None:
         key = (event["peer"], event["tag"], event["seq"])
-        if self.given.setdefault(key, event["give"]) != event["give"]:
+        generation, _ = self.given.get(key, (-1, None))
+        if generation >= event["generation"]:
             self._fail("begin", f"{event['peer']:x} begins {event['tag']}/{event['seq']} twice")
+        self.given[key] = (event["generation"], event["give"])
 
     def _return(self, event: Event) -> None:
         peer, tag, seq, view = event["peer"], event["tag"], event["seq"], event["view"]
@@ -127,14 +130,17 @@ class Checker:
         last = self.last_returned.setdefault((generation, tag), {})
         last[peer] = max(last.get(peer, -1), seq)
         for chunk, (contributors, value) in enumerate(event["chunks"]):
-            if len(set(contributors)) != len(contributors):
+            known = [one for one in contributors if one]
+            if len(set(known)) != len(known):
                 self._fail("counted-once", f"{where} chunk {chunk} names a contributor twice")
+            if 0 in contributors:
+                continue  # contributed before this peer was here
             strangers = [one for one in contributors if one not in self.was_active]
             if strangers:
                 self._fail("membership", f"{where} chunk {chunk} contains {strangers[0]:x}")
             if self.expect is None:
                 continue
-            given = [self.given.get((one, tag, seq)) for one in contributors]
+            given = [self.given.get((one, tag, seq), (0, None))[1] for one in contributors]
             if None in given:
                 self._fail("counted-once", f"{where} chunk {chunk} counts who gave nothing")
             expected = self.expect(tag, given, chunk)

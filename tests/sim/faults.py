@@ -101,7 +101,6 @@ def lose_record(world: World) -> None:
     if world.coordinator is not None:
         world.kill_coordinator()
         world.disk = None
-        world.checker.durable.clear()
         world.after(world.draw.random() * 2.0, world.start_coordinator)
 
 

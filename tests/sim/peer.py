@@ -154,7 +154,7 @@ class SimPeer:
             view=view["id"],
             generation=self.member.generation,
             members=[row[:3] for row in view["members"]],
-            held={tag: self.held(tag) for tag in self.versions.version},
+            held=self.held(),
         )
         for tag, flight in list(self.flights.items()):
             if self.engine.ready(tag, flight.seq):
@@ -164,13 +164,10 @@ class SimPeer:
             self.doubt_self("holds a round that the view does not know")
         world.links.resume(self)
 
-    def held(self, tag: int) -> int:
-        """The last round whose effect we have or whose result is in our hands."""
-        last = -1 if self.versions.void[tag] else self.versions.version[tag] - 1
-        missed = set(self.engine.missed(tag))
-        while last + 1 in missed or self.engine.ready(tag, last + 1):
-            last += 1
-        return last
+    def held(self) -> dict[int, int]:
+        """For each tag with state the last round whose effect or result we have."""
+        report = self.engine.freeze(0, 0)  # an old FREEZE stops nothing
+        return {tag["tag"]: tag["covered"] for tag in report["tags"] if tag["state"]}
 
     def doubt_self(self, why: str) -> None:
         self.versions.make_void()
@@ -281,7 +278,14 @@ class SimPeer:
             tag, shape.spec, data, state_digest=digest, encoded=False, now=world.now
         )
         give = None if data is None else [self.number, salt]
-        world.check(ev="begin", peer=self.id, tag=tag, seq=seq, give=give)
+        world.check(
+            ev="begin",
+            peer=self.id,
+            generation=self.member.generation,
+            tag=tag,
+            seq=seq,
+            give=give,
+        )
         if stateful and self.member.active and seq != self.versions.version[tag]:
             text = f"begins {tag}/{seq} at version {self.versions.version[tag]}"
             world.check(ev="complain", peer=self.id, text=text)
@@ -426,7 +430,7 @@ class CollectShape:
 
     def value(self, result: Any, chunk: int) -> list[int]:
         data = result.chunk(chunk)
-        return list(struct.unpack_from("<II", data)) + [len(data)] if data else []
+        return [*struct.unpack_from("<II", data), len(data)] if data else []
 
     def expect(self, given: list[Any], chunk: int) -> list[int]:
         if not given:

@@ -96,6 +96,7 @@ class World:
         record = unpack(self.disk, "record") if self.disk is not None else None
         options = co.Options(
             run="sim",
+            first_term=1 + int(self.now * 100),
             min_peers=self.options.min_peers,
             recover_minority=True,
             suspect_timeout_s=1.6,
