@@ -114,9 +114,7 @@ bool Impl::make_frame(const Member& to, const Outgoing& what, OutFrame& frame) {
   if (round == nullptr || round->settled) {
     if (what.type == FrameType::done) return make_old_done(what, frame);
     Tag* const tag = find_tag(what.tag);
-    // A round that needed nobody else is over before its OPEN left: observers still follow.
-    const bool for_observers = what.type == FrameType::result || what.type == FrameType::open;
-    if (!for_observers || tag == nullptr || !tag->closed) return false;
+    if (what.type != FrameType::result || tag == nullptr || !tag->closed) return false;
     if (tag->closed->seq != what.seq) return false;
     round = &*tag->closed;
   }

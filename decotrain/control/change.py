@@ -31,6 +31,9 @@ class _Freeze:
     started_s: float
     deadline_s: float
     sent_s: float
+    # An observer that wants to be active must not miss what the active peers settled just before
+    # they froze: it is frozen after them, when that has had time to arrive.
+    all_asked: bool
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -104,17 +107,21 @@ class Changes:
         if self.installing is not None or now < self.calm_s:
             return False
         members = c.members()
-        return any(
-            (key not in members and peer.hello.ready)
-            or (
-                key in members
-                and peer.current
-                and not members[key].active
-                and peer.view == c.record.view
-                and now >= peer.promote_after_s
-            )
-            for key, peer in c.peers.items()
+        return bool(self._promotable(now)) or any(
+            key not in members and peer.hello.ready for key, peer in c.peers.items()
         )
+
+    def _promotable(self, now: float) -> list[int]:
+        c = self.c
+        return [
+            member.peer
+            for member in c.record.members
+            if not member.active
+            and (peer := c.peers.get(member.peer)) is not None
+            and peer.current
+            and peer.view == c.record.view
+            and now >= peer.promote_after_s
+        ]
 
     # --- FREEZE
 
@@ -133,12 +140,16 @@ class Changes:
             started_s=now,
             deadline_s=now + c.options.report_timeout_s,
             sent_s=now,
+            all_asked=not self._promotable(now),
         )
         self._send_freeze(self.freeze)
 
     def _send_freeze(self, freeze: _Freeze) -> None:
         c = self.c
+        members = c.members()
         for key in sorted(freeze.targets - freeze.reports.keys()):
+            if not (freeze.all_asked or (key in members and members[key].active)):
+                continue
             if c.out.get(key, ("",))[0] not in _NOT_ASKED:
                 c.send(key, m.Freeze(c.record.run, list(freeze.number)))
 
@@ -151,6 +162,11 @@ class Changes:
             for key in freeze.targets - freeze.reports.keys()
             if c.out.get(key, ("left",))[0] == "left"
         }
+        if not freeze.all_asked and not any(
+            key in members and members[key].active for key in waiting
+        ):
+            freeze.all_asked = True
+            self._send_freeze(freeze)
         anchored = any(self._anchors(freeze, member) for member in members.values())
         late = now >= freeze.deadline_s
         if (not waiting or late) and (anchored or c.record.view == 0):

@@ -160,7 +160,7 @@ class World:
 
     def persist(self, record: Record) -> None:
         self.disk = self.plants.write(self.disk, pack(record))
-        if record.view:
+        if record.view >> 32 == record.term:  # else it is the view of an earlier life
             members = [[one.peer, one.slot, one.active] for one in record.members]
             self.check(
                 ev="persist", view=record.view, generation=record.generation, members=members
@@ -258,7 +258,12 @@ class World:
             peer.slow = 1.0
             if peer.stopped:
                 peer.resume()
-        while len(self.live()) < self.options.min_peers:
+        # Rounds without a pause need more of a newcomer than is promised: results are kept for a
+        # bounded time, and its fetch must end within it.
+        options = self.options
+        options.think_s, options.fetch_s = max(options.think_s, 0.2), min(options.fetch_s, 0.05)
+        options.latency_s = min(options.latency_s, 0.05)
+        while sum(not peer.member.leaving for peer in self.live()) < options.min_peers:
             dead = [p for p, one in self.processes.items() if not one.alive or one.over]
             self.start_peer(dead[0] if dead else len(self.processes))
 
