@@ -246,7 +246,7 @@ class Changes:
         base, lineage = self._most_advanced(reports)
         newcomers = {key for key, report in reports.items() if not report["installed"]}
         candidates = self._candidates(reports, lineage | newcomers)
-        plan = self._make(freeze, candidates, lineage, frozenset())
+        plan = self._make(freeze, candidates, lineage, frozenset(), renew=True)
         if not plan.active:
             return False
         for key in sorted(reports.keys() - lineage - newcomers):
@@ -303,6 +303,7 @@ class Changes:
         candidates: list[Candidate],
         lineage: set[int],
         demoted: frozenset[int],
+        renew: bool = False,
     ) -> Plan:
         record = self.c.record
         view = record.term << 32 | record.epoch + 1
@@ -311,7 +312,7 @@ class Changes:
             for key, report in sorted(freeze.reports.items())
             if key in lineage or any(one.peer == key for one in candidates)
         }
-        return make_plan(view, freeze.number, candidates, reports, lineage, demoted)
+        return make_plan(view, freeze.number, candidates, reports, lineage, demoted, renew=renew)
 
     # --- INSTALL
 

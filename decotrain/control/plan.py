@@ -58,13 +58,14 @@ def make_plan(
     reports: Mapping[int, Mapping[str, Any]],  # by peer
     lineage: set[int],  # peers whose report says something about rounds; others are newcomers
     demoted: frozenset[int] = frozenset(),  # observing whatever they report
+    renew: bool = False,  # a new generation: rounds that its base does not cover are lost
 ) -> Plan:
     candidates = sorted(candidates, key=lambda candidate: candidate.slot)
     assert all(candidate.peer in reports for candidate in candidates)
     assert len({candidate.slot for candidate in candidates}) == len(candidates)
     plan = Plan(install={}, active=[])
     sources = _sources(candidates, reports, lineage)
-    stable, digests = _stable_rounds(sources, plan)
+    stable, digests = _stable_rounds(sources, renew, plan)
     rounds = _open_rounds(sources, stable, plan)
     values = {key: _values(key, entry, sources, plan) for key, entry in rounds.items()}
     for key in [key for key in rounds if key[1] <= stable[key[0]]]:
@@ -151,12 +152,15 @@ def _sources(
     return sources
 
 
-def _stable_rounds(sources: list[_Source], plan: Plan) -> tuple[dict[int, int], dict[int, int]]:
+def _stable_rounds(
+    sources: list[_Source], renew: bool, plan: Plan
+) -> tuple[dict[int, int], dict[int, int]]:
     """Tag -> last stable round, and its digest where somebody remembers it."""
     stable: dict[int, int] = {}
     for source in sources:
         for tag in source.report["tags"]:
-            last = max([tag["covered"], *(seq for seq, _ in tag["stable"])])
+            known = [] if renew and tag["state"] else [seq for seq, _ in tag["stable"]]
+            last = max([tag["covered"], *known])
             stable[tag["tag"]] = max(stable.get(tag["tag"], -1), last)
         for tag_of_round, _ in source.rounds:
             stable.setdefault(tag_of_round, -1)

@@ -217,7 +217,9 @@ class SimPeer:
     def on_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         self.world.note("event", self.id, kind, event["tag"], event["seq"], event["detail"])
-        if kind in ("diverged", "late_done", "refused", "spec_mismatch"):
+        if kind == "diverged" and event["peer"] == self.id:
+            self.doubt_self(event["detail"])
+        elif kind in ("diverged", "late_done", "refused", "spec_mismatch"):
             if kind != "late_done":
                 self.world.check(ev="complain", peer=self.id, text=f"{kind} {event['detail']}")
             digests = parse_digests(event["detail"]) if kind == "diverged" else ()
