@@ -121,6 +121,9 @@ def codec_encode_with_feedback(codec: str, values: Annotated[NDArray[numpy.float
     when a sum is NaN or infinite.
     """
 
+def codec_encode_stochastic(codec: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], key: int, stream: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+    """Encodes with stochastic rounding (int8, e2m1, e3m0) from Philox."""
+
 def codec_decode(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], as_cuda: bool = False) -> bool:
     """Decodes into flat float32; False when the bytes are no valid encoding."""
 
@@ -131,6 +134,19 @@ def codec_combine(rule: str, codec: str, contributions: Sequence[Annotated[NDArr
     """
     Combines encoded contributions in the order given into one encoded result; False when
     the value is not finite or the rule's parameter is wrong.
+    """
+
+def topk_bytes(elements: int, k: int) -> int:
+    """Bytes of the k largest of every 4096 values."""
+
+def topk_encode(values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], k: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+    """
+    Encodes the k largest magnitudes of every 4096; False when a value is NaN or infinite.
+    """
+
+def topk_add(data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], k: int, weight: float, total: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> bool:
+    """
+    total += weight * decoded; False, with total as before, for foreign or broken bytes.
     """
 
 class Result:

@@ -175,7 +175,7 @@ DT_HD bool e2m1_ok(u8 byte, u32 exponent) {
 
 DT_HD u32 e3m0_exponent(u32 absmax) {
   if (absmax < kTiny) return 0;
-  const u32 exponent = (absmax + 0x400000u) >> 23;  // up from 1.5 * 2^j
+  const u32 exponent = (absmax + 0x7fffffu) >> 23;  // the next power of two
   return exponent > 254 ? 254 : exponent;
 }
 

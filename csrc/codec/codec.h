@@ -50,6 +50,12 @@ bool encode_with_feedback(Codec codec, std::span<const float> values, std::span<
 bool encode_with_feedback(Codec codec, std::span<const float> values,
                           std::span<std::uint16_t> residual, std::byte* out);
 
+// Rounds each value up or down by chance, so that its mean is kept: int8, e2m1 and e3m0 only. The
+// bits depend on the key, the stream (say, round << 32 | chunk) and the element's number alone.
+bool has_stochastic(Codec codec);
+bool encode_stochastic(Codec codec, std::span<const float> values, std::uint64_t key,
+                       std::uint64_t stream, std::byte* out);
+
 // Decodes exactly encoded_bytes(codec, out.size()) bytes; false when the bytes are no valid
 // encoding (a NaN, an infinite or negative scale ...): out is then unspecified.
 bool decode(Codec codec, const std::byte* bytes, std::span<float> out);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "codec/codec.h"
+#include "codec/topk.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -111,6 +112,35 @@ bool combine(const std::string& rule_text, const std::string& name,
   return decotrain::combine(*rule, parameter, codec, from, elements, result, raw(out));
 }
 
+bool encode_stochastic(const std::string& name, const Floats& values, std::uint64_t key,
+                       std::uint64_t stream, const BytesOut& out) {
+  const Codec codec = codec_of(name);
+  if (!decotrain::has_stochastic(codec)) bad(name + " has no stochastic rounding");
+  check_bytes(codec, values.size(), out.size());
+  const std::span<const float> from(values.data(), values.size());
+  const nb::gil_scoped_release release;
+  return decotrain::encode_stochastic(codec, from, key, stream, raw(out));
+}
+
+std::size_t topk_bytes(std::size_t elements, std::size_t k) {
+  if (k < 1 || k > decotrain::kTopkChunk) bad("k is 1 to " + std::to_string(decotrain::kTopkChunk));
+  return decotrain::topk_bytes(elements, k);
+}
+
+bool topk_encode(const Floats& values, std::size_t k, const BytesOut& out) {
+  if (out.size() != topk_bytes(values.size(), k)) bad("the output has a wrong length");
+  const std::span<const float> from(values.data(), values.size());
+  const nb::gil_scoped_release release;
+  return decotrain::topk_encode(from, k, raw(out));
+}
+
+bool topk_add(const Bytes& data, std::size_t k, float weight, const FloatsOut& total) {
+  if (data.size() != topk_bytes(total.size(), k)) return false;
+  const std::span<float> to(total.data(), total.size());
+  const nb::gil_scoped_release release;
+  return decotrain::topk_add(raw(data), k, weight, to);
+}
+
 std::pair<std::string, std::string> codec_pair(const std::string& name) {
   const auto pair = decotrain::codec_pair_named(name);
   if (!pair) {
@@ -140,6 +170,8 @@ void bind_codec(nb::module_& m) {
         "Encodes y = values + residual and leaves y - decode(encode(y)) in the residual\n"
         "(float32, bfloat16, or uint16 that holds bfloat16); False, with the residual as before,\n"
         "when a sum is NaN or infinite.");
+  m.def("codec_encode_stochastic", &encode_stochastic, "codec"_a, "values"_a, "key"_a, "stream"_a,
+        "out"_a, "Encodes with stochastic rounding (int8, e2m1, e3m0) from Philox.");
   m.def("codec_decode", &decode, "codec"_a, "data"_a, "out"_a, "as_cuda"_a = false,
         "Decodes into flat float32; False when the bytes are no valid encoding.");
   m.def("codec_valid", &valid, "codec"_a, "data"_a, "elements"_a,
@@ -148,4 +180,10 @@ void bind_codec(nb::module_& m) {
         "elements"_a, "result_codec"_a, "out"_a, "parameter"_a = 0.0f,
         "Combines encoded contributions in the order given into one encoded result; False when\n"
         "the value is not finite or the rule's parameter is wrong.");
+  m.def("topk_bytes", &topk_bytes, "elements"_a, "k"_a,
+        "Bytes of the k largest of every 4096 values.");
+  m.def("topk_encode", &topk_encode, "values"_a, "k"_a, "out"_a,
+        "Encodes the k largest magnitudes of every 4096; False when a value is NaN or infinite.");
+  m.def("topk_add", &topk_add, "data"_a, "k"_a, "weight"_a, "total"_a,
+        "total += weight * decoded; False, with total as before, for foreign or broken bytes.");
 }

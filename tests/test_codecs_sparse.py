@@ -1,0 +1,167 @@
+"""Top-k payloads, stochastic rounding, and residuals that survive a checkpoint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from decotrain import _core
+from decotrain.errors import ConfigError, NotFiniteError, StateError
+from decotrain.outer.feedback import ErrorFeedback
+
+F32 = NDArray[np.float32]
+
+
+def topk(values: F32, k: int) -> NDArray[np.uint8]:
+    out = np.full(_core.topk_bytes(values.size, k), 0xA5, np.uint8)
+    assert _core.topk_encode(values, k, out)
+    return out
+
+
+def dense(data: NDArray[np.uint8], k: int, elements: int) -> F32:
+    total = np.zeros(elements, np.float32)
+    assert _core.topk_add(data, k, 1.0, total)
+    return total
+
+
+# --- top-k
+
+
+def test_topk_takes_116_bytes_of_a_chunk() -> None:
+    """A12: 64 of 4096 are 96 bytes of indices and 16 of values, and two levels of 2 bytes."""
+    assert _core.topk_bytes(4096, 64) == 112 + 4
+    assert _core.topk_bytes(4096 * 5 + 10, 64) == 5 * 116 + (15 + 3 + 4)
+
+
+def test_topk_keeps_the_largest() -> None:
+    values = np.random.default_rng(1).standard_t(4, 4096 * 3).astype(np.float32)
+    got = dense(topk(values, 64), 64, values.size)
+    for chunk, kept in zip(values.reshape(3, -1), got.reshape(3, -1), strict=True):
+        expected = np.sort(np.argsort(-np.abs(chunk), kind="stable")[:64])
+        assert (np.flatnonzero(kept) == expected).all()
+        assert (np.sign(kept[expected]) == np.sign(chunk[expected])).all()
+        error = np.square(kept[expected] - chunk[expected]).sum()
+        assert error < 0.12 * np.square(chunk[expected]).sum()
+        assert np.abs(kept).sum() == pytest.approx(np.abs(chunk[expected]).sum(), rel=5e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), size=st.integers(0, 9000), k=st.integers(1, 70),
+    sparse=st.booleans(), exponent=st.integers(-30, 37),
+)  # fmt: skip
+def test_topk_of_what_was_decoded_changes_nothing(
+    seed: int, size: int, k: int, sparse: bool, exponent: int
+) -> None:
+    random = np.random.default_rng(seed)
+    values = (random.standard_t(4, size) * 10.0**exponent / 100).astype(np.float32)
+    if sparse:
+        values[random.random(size) < 0.99] = 0
+    once = dense(topk(values, k), k, size)
+    assert np.isfinite(once).all()
+    assert (dense(topk(once, k), k, size) == once).all()
+
+
+def test_topk_refuses_what_no_encoder_made() -> None:
+    values = np.random.default_rng(2).standard_t(4, 5000).astype(np.float32)
+    data = topk(values, 64)
+    total = np.ones(5000, np.float32)
+    assert not _core.topk_add(data[:-1], 64, 1.0, total)
+    assert not _core.topk_add(data, 63, 1.0, total)
+    for position, byte in ((0, 0xFF), (113, 0xFF), (113, 0x7F), (117, 0xFF)):
+        broken = data.copy()
+        broken[position] |= byte  # an index twice or out of order, a level NaN or negative
+        assert (broken != data).any()
+        assert not _core.topk_add(broken, 64, 1.0, total), position
+    assert (total == 1).all()
+    values[4999] = np.inf
+    assert not _core.topk_encode(values, 64, data)
+    with pytest.raises(ValueError, match="k is 1 to 4096"):
+        _core.topk_bytes(4096, 0)
+
+
+def test_topk_with_feedback_sends_everything_in_the_end() -> None:
+    """The SparseLoCo recursion: e <- e + x, send the largest, e <- e - what was sent."""
+    random = np.random.default_rng(3)
+    meant = np.zeros(8192)
+    sent = np.zeros(8192)
+    residual = np.zeros(8192, np.float32)
+    for _ in range(20):
+        values = random.standard_t(4, 8192).astype(np.float32)
+        residual += values
+        meant += values
+        data = topk(residual, 256)
+        sent += dense(data, 256, 8192)
+        assert _core.topk_add(data, 256, -1.0, residual)
+    assert np.abs(sent + residual - meant).max() < 1e-4
+
+
+# --- stochastic rounding
+
+
+@pytest.mark.parametrize("codec", ["int8", "e2m1", "e3m0"])
+def test_stochastic_rounding_keeps_the_mean(codec: str) -> None:
+    values = np.random.default_rng(4).standard_t(4, 1024).astype(np.float32)
+    data = np.empty(_core.codec_bytes(codec, 1024), np.uint8)
+    again = np.empty_like(data)
+    out = np.empty(1024, np.float32)
+    assert _core.codec_encode(codec, values, data)
+    assert _core.codec_decode(codec, data, out)
+    nearest = np.sqrt(np.square(out - values).mean())
+    total = np.zeros(1024)
+    spread = np.zeros(1024)
+    for stream in range(400):
+        assert _core.codec_encode_stochastic(codec, values, 7, stream, data)
+        assert _core.codec_decode(codec, data, out)
+        total += out
+        spread += np.square(out - values)
+    # An e2m1 scale may cut the very largest value of a block; all others keep their mean.
+    top = np.repeat(np.abs(values.reshape(-1, 32)).max(1), 32)
+    inner = np.abs(values) < top * 0.9
+    error = np.sqrt(np.square(total / 400 - values)[inner].mean())
+    chance = np.sqrt(spread[inner].mean() / 400) / np.sqrt(400)
+    assert error == pytest.approx(chance, rel=0.1)
+    assert error < 0.1 * nearest
+    assert _core.codec_encode_stochastic(codec, values, 7, 399, again)
+    assert (again == data).all()
+    assert _core.codec_encode_stochastic(codec, values, 8, 399, again)
+    assert (again != data).any()
+
+
+def test_stochastic_rounding_is_for_some_codecs() -> None:
+    data = np.empty(_core.codec_bytes("int2", 64), np.uint8)
+    with pytest.raises(ValueError, match="int2 has no stochastic rounding"):
+        _core.codec_encode_stochastic("int2", np.zeros(64, np.float32), 1, 1, data)
+
+
+# --- residuals
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_residuals_survive_a_checkpoint(dtype: str) -> None:
+    torch.manual_seed(1)
+    first, second = torch.randn(300), torch.randn(300)
+    feedback = ErrorFeedback({0: 300, 3: 10}, dtype)
+    feedback.encode(0, first, "e2m1")
+    saved = {name: tensor.clone() for name, tensor in feedback.state_dict().items()}
+    expected = feedback.encode(0, second, "e2m1")
+    restored = ErrorFeedback({0: 300, 3: 10}, dtype)
+    assert not torch.equal(restored.encode(0, second, "e2m1"), expected)
+    restored.load_state_dict(saved)
+    assert torch.equal(restored.encode(0, second, "e2m1"), expected)
+    restored.clear(0)
+    assert not restored.residuals[0].any()
+
+
+def test_residuals_say_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="f32 or bf16"):
+        ErrorFeedback({0: 1}, "f16")
+    feedback = ErrorFeedback({0: 4})
+    with pytest.raises(StateError, match=r"0\.residual: \(4,\) expected, nothing found"):
+        feedback.load_state_dict({})
+    with pytest.raises(NotFiniteError, match="fragment 0"):
+        feedback.encode(0, torch.tensor([1.0, float("nan"), 0.0, 0.0]), "int8")
