@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <future>
-#include <stdexcept>
 #include <utility>
 
 namespace decotrain {
@@ -144,16 +142,28 @@ void Node::close() {
 }
 
 net::MeshHandler Node::handler() {
+  const auto is_state = [](const Header& h) {
+    return h.type == FrameType::state || h.type == FrameType::state_request;
+  };
   return {
-      .on_header = [this](PeerId from,
-                          const Header& h) { return engine_.on_header(from, h, net::Mesh::now()); },
+      .on_header =
+          [this, is_state](PeerId from, const Header& h) {
+            if (is_state(h)) return on_state_header(from, h);
+            return engine_.on_header(from, h, net::Mesh::now());
+          },
       .on_payload =
-          [this](PeerId from, const Header& h, Incoming incoming) {
+          [this, is_state](PeerId from, const Header& h, Incoming incoming) {
+            if (is_state(h)) return on_state_payload(from, h, incoming);
             engine_.on_payload(from, h, std::move(incoming), net::Mesh::now());
           },
-      .next_frame = [this](PeerId to, OutFrame& frame) { return engine_.next_frame(to, frame); },
-      .has_frames = [this](PeerId to) { return engine_.has_frames(to); },
-      .on_link_reset = [this](PeerId peer) { engine_.on_link_reset(peer, net::Mesh::now()); },
+      .next_frame = [this](PeerId to, OutFrame& frame) { return next_frame(to, frame); },
+      .has_frames = [this](PeerId to) { return has_frames(to); },
+      .on_link_reset =
+          [this](PeerId peer) {
+            store_.forget(peer);
+            for (const Fetching& one : fetches_) one.fetch->on_link_reset(peer);
+            engine_.on_link_reset(peer, net::Mesh::now());
+          },
   };
 }
 
@@ -164,8 +174,9 @@ void Node::run() {
     if (now >= engine_.next_deadline()) engine_.tick(now);
     start_waiting(now);
     finish_ready();
+    run_fetches(now);
     forward_events();
-    mesh_->run_once(engine_.next_deadline());
+    mesh_->run_once(next_deadline());
   }
   fail_all("this node is closed");
 }
@@ -190,25 +201,6 @@ void Node::post(Command command) {
     commands_.push_back(std::move(command));
   }
   mesh_->wake();
-}
-
-template <typename Result>
-Result Node::call(std::function<Result(double)> command) {
-  auto promise = std::make_shared<std::promise<Result>>();
-  std::future<Result> future = promise->get_future();
-  post([promise, command = std::move(command)](double now) {
-    try {
-      if constexpr (std::is_void_v<Result>) {
-        command(now);
-        promise->set_value();
-      } else {
-        promise->set_value(command(now));
-      }
-    } catch (...) {
-      promise->set_exception(std::current_exception());
-    }
-  });
-  return future.get();
 }
 
 std::shared_ptr<Work> Node::begin(BeginArgs args) {
@@ -295,8 +287,10 @@ std::vector<NodeEvent> Node::take_events() {
 void Node::fail_all(const std::string& error) {
   for (auto& [tag, waiting] : waiting_) waiting.work->fail(error);
   for (auto& [tag, open] : open_) open.work->fail(error);
+  for (const Fetching& one : fetches_) one.work->fail(error);
   waiting_.clear();
   open_.clear();
+  fetches_.clear();
 }
 
 std::vector<std::uint64_t> Node::missed(std::uint32_t tag) {

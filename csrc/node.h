@@ -8,16 +8,20 @@
 
 #include <condition_variable>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "engine.h"
 #include "net/mesh.h"
+#include "state.h"
 
 namespace decotrain {
 
@@ -63,6 +67,26 @@ class Work {
   std::shared_ptr<const RoundResult> result_;
 };
 
+// A fragment that is being fetched into the caller's buffers. Any thread may look at it.
+class FetchWork {
+ public:
+  // False when the time is over first; without a bound below zero. Throws when it was cancelled.
+  bool wait(double timeout_s);
+  bool done() const;
+  StateProgress progress() const;
+
+ private:
+  friend class Node;
+  void update(const StateProgress& progress, bool done);
+  void fail(std::string error);
+
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  bool done_ = false;
+  std::string error_;
+  StateProgress progress_;
+};
+
 // What went wrong in a round, or a call after close().
 struct NodeError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -92,6 +116,16 @@ class Node {
   void declare(std::vector<std::pair<std::uint32_t, std::int64_t>> covered);
   void set_covered(std::uint32_t tag, std::int64_t seq);
 
+  // --- shared state: the store's own calls (publish, begin_update, ...) go straight to it
+  StateStore& store() { return store_; }
+  // Pulls the fragment from these peers into the buffers, which belong to the fetch until it is
+  // done or cancelled.
+  std::shared_ptr<FetchWork> fetch(std::uint32_t tag, std::vector<PeerId> peers, StateBuffers into,
+                                   std::shared_ptr<const void> keep);
+  // Others to ask from now on; what is fetched stays.
+  void set_fetch_peers(const std::shared_ptr<FetchWork>& work, std::vector<PeerId> peers);
+  void cancel(const std::shared_ptr<FetchWork>& work);
+
   // --- the control plane
   Report freeze(FreezeId id);
   bool install(const Install& install);
@@ -112,6 +146,11 @@ class Node {
     BeginArgs args;
     std::shared_ptr<Work> work;
   };
+  struct Fetching {
+    std::unique_ptr<StateFetch> fetch;
+    std::shared_ptr<FetchWork> work;
+    std::shared_ptr<const void> keep;
+  };
   using Command = std::function<void(double now)>;
 
   net::MeshHandler handler();
@@ -119,13 +158,35 @@ class Node {
   bool run_commands();
   void start_waiting(double now);
   void finish_ready();
+  bool next_frame(PeerId to, OutFrame& frame);
+  bool has_frames(PeerId to) const;
+  Incoming on_state_header(PeerId from, const Header& header);
+  void on_state_payload(PeerId from, const Header& header, const Incoming& incoming);
+  void run_fetches(double now);
+  double next_deadline() const;
   void forward_events();
   void emit(NodeEvent event);
   void post(Command command);
   void fail_all(const std::string& error);
   // Runs on the network thread and waits for it.
   template <typename Result>
-  Result call(std::function<Result(double)> command);
+  Result call(std::function<Result(double)> command) {
+    auto promise = std::make_shared<std::promise<Result>>();
+    std::future<Result> future = promise->get_future();
+    post([promise, command = std::move(command)](double now) {
+      try {
+        if constexpr (std::is_void_v<Result>) {
+          command(now);
+          promise->set_value();
+        } else {
+          promise->set_value(command(now));
+        }
+      } catch (...) {
+        promise->set_exception(std::current_exception());
+      }
+    });
+    return future.get();
+  }
 
   const PeerId self_;
   net::Fd event_fd_;
@@ -134,6 +195,9 @@ class Node {
   Engine engine_;
   std::multimap<std::uint32_t, Waiting> waiting_;  // by tag, in order
   std::multimap<std::uint32_t, Open> open_;
+  std::vector<Fetching> fetches_;
+  std::uint32_t next_fetch_ = 0;
+  StateStore store_;
   std::unique_ptr<net::Mesh> mesh_;
   std::vector<std::string> addresses_;
 

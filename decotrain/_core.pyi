@@ -215,6 +215,32 @@ class Work:
         After wait(). None: missed results must be taken before this round can begin.
         """
 
+class Fetch:
+    """A fragment on its way into the caller's arrays."""
+
+    def done(self) -> bool: ...
+
+    def wait(self, timeout_s: float = -1.0) -> bool:
+        """False when the time is over first. Below zero: no bound."""
+
+    @property
+    def version(self) -> int | None:
+        """Of the pieces here; final when done."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    @property
+    def restarts(self) -> int:
+        """How often the version moved and everything was asked for again."""
+
+    @property
+    def damaged(self) -> int:
+        """Pieces whose digest was wrong; they were asked for again."""
+
 class Node:
     """A peer's rounds and links, on a thread of its own."""
 
@@ -268,6 +294,29 @@ class Node:
         """
 
     def close(self) -> None: ...
+
+    def publish(self, tag: int, arrays: list[Any], version: int) -> None:
+        """
+        Serves the arrays from where they lie: write to them only between begin_update and end_update.
+        """
+
+    def withdraw(self, tag: int) -> None: ...
+
+    def begin_update(self, tag: int) -> None: ...
+
+    def end_update(self, tag: int, version: int) -> None: ...
+
+    def published_version(self, tag: int) -> int | None: ...
+
+    def fetch(self, tag: int, peers: Sequence[int], into: list[Any]) -> Fetch:
+        """
+        Pulls the fragment from these peers; the arrays belong to the fetch until it is done or cancelled.
+        """
+
+    def set_fetch_peers(self, fetch: Fetch, peers: Sequence[int]) -> None:
+        """Others to ask from now on; what is fetched stays."""
+
+    def cancel(self, fetch: Fetch) -> None: ...
 
 def spsa_perturb(theta: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray, dict(shape=(None,), order='C', device='cpu')], key: int, c2: int, c3: int, epsilon: float, first: int = 0, noise: str = 'rademacher') -> None:
     """

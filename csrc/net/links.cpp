@@ -71,6 +71,15 @@ void Mesh::set_route(PeerId peer, PeerId via) {
 
 void Mesh::maintain(Clock at) {
   due_ = at + kIdleTurn_s;
+  // When we have not run ourselves (a suspended process, a machine without air), the silence of
+  // others says nothing about them: they get their time again.
+  if (maintained_at_ != 0 && at - maintained_at_ > kIdleTurn_s + options_.link_timeout_s / 4.0) {
+    for (auto& [id, s] : streams_) {
+      s->born = s->last_received = s->last_acknowledged = at;
+      if (s->ping_sent != 0) s->ping_sent = at;
+    }
+  }
+  maintained_at_ = at;
   std::vector<std::uint64_t> ids;
   ids.reserve(streams_.size());
   for (const auto& [id, s] : streams_) ids.push_back(id);

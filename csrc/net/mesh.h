@@ -224,6 +224,7 @@ class Mesh {
   std::array<PeerId, kMaxPeers> slots_{};
   std::vector<std::uint64_t> ready_;  // streams with work left
   Clock due_ = 0;
+  Clock maintained_at_ = 0;
   std::vector<MeshEvent> events_;
   std::vector<std::byte> discard_;
   std::mt19937_64 jitter_;

@@ -12,12 +12,12 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "node.h"
+#include "python/arrays.h"
 #include "python/maps.h"
 #include "segments.h"
 
@@ -31,10 +31,8 @@ constexpr nb::dlpack::dtype kBf16{static_cast<std::uint8_t>(nb::dlpack::dtype_co
 constexpr nb::dlpack::dtype kF16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
 constexpr nb::dlpack::dtype kU16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt), 16, 1};
 
-using ReadArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Map = nb::typed<nb::dict, nb::str, nb::any>;
 using Items = nb::typed<nb::list, nb::any>;  // of buffers
-using WriteArray = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
 Codec codec_named(const std::string& name) {
   static const char* const kNames[] = {"f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2"};
@@ -101,37 +99,6 @@ Buffers<Array> buffers_of(const Items& items) {
   return out;
 }
 
-// Arrays belong to Python, but their last user is mostly the network thread, which never takes the
-// GIL: it leaves them here, and the next call from Python lets them go.
-class Dropped {
- public:
-  void add(std::vector<ReadArray>* arrays) {
-    const std::lock_guard lock(mutex_);
-    held_.emplace_back(arrays);
-  }
-  void release() {  // with the GIL
-    std::vector<std::unique_ptr<std::vector<ReadArray>>> old;
-    {
-      const std::lock_guard lock(mutex_);
-      old.swap(held_);
-    }
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<std::vector<ReadArray>>> held_;
-};
-
-Dropped& dropped() {
-  static Dropped* const one = new Dropped;  // never destroyed: nodes may outlive static objects
-  return *one;
-}
-
-std::shared_ptr<const void> keep_arrays(std::vector<ReadArray> arrays) {
-  auto* held = new std::vector<ReadArray>(std::move(arrays));
-  return {static_cast<const void*>(held), [held](const void*) { dropped().add(held); }};
-}
-
 struct BeginOptions {
   std::uint32_t tag;
   std::string op, codec, result_codec;
@@ -163,7 +130,7 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
                             bool borrow, const std::optional<Items>& residual,
                             std::uint64_t state_digest, const std::optional<std::string>& rule,
                             float rule_parameter, std::optional<std::uint32_t> chunk_elements) {
-  dropped().release();
+  release_dropped();
   if (!(weight >= 0.0) || !std::isfinite(weight)) throw nb::value_error("weight is not below 0");
   Buffers<ReadArray> from = buffers_of<ReadArray>(items);
   Buffers<WriteArray> feedback;
@@ -414,7 +381,7 @@ void bind_results(nb::module_& m) {
       .def(
           "result",
           [](const Work& work) {
-            dropped().release();
+            release_dropped();
             auto result = work.result();
             return result ? std::optional(Held{std::move(result)}) : std::nullopt;
           },
@@ -427,9 +394,10 @@ void bind_results(nb::module_& m) {
 void bind_node(nb::module_& m) {
   using namespace decotrain;
   bind_results(m);
+  bind_fetch(m);
   using Guard = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<Node>(m, "Node", "A peer's rounds and links, on a thread of its own.")
-      .def("__init__", &make_node, "peer"_a, "listen"_a, "run_fingerprint"_a, nb::kw_only(),
+  nb::class_<Node> type(m, "Node", "A peer's rounds and links, on a thread of its own.");
+  type.def("__init__", &make_node, "peer"_a, "listen"_a, "run_fingerprint"_a, nb::kw_only(),
            "streams"_a = 0, "force_tcp"_a = false, "link_timeout_s"_a = 5.0, "grace_s"_a = 0.0,
            "quorum"_a = 1.0, "done_bound_s"_a = 0.0)
       .def_prop_ro("peer", &Node::self)
@@ -473,4 +441,5 @@ void bind_node(nb::module_& m) {
           },
           "One map for each link: peer, up, unix, streams, bytes, rtt_s, rate_bps, via.")
       .def("close", &Node::close, Guard());
+  bind_state(type);
 }

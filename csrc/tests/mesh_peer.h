@@ -105,8 +105,6 @@ bool run_until(TestPeers& peers, Done done, double bound_s = 10.0) {
 inline MeshOptions fast_options() {
   MeshOptions options;
   options.run_fingerprint = 7;
-  options.link_timeout_s = 0.4;
-  options.ping_interval_s = 0.1;
   options.handshake_timeout_s = 0.5;
   options.dial_patience_s = 0.2;
   options.backoff_min_s = 0.01;

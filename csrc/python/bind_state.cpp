@@ -1,0 +1,130 @@
+// Shared state for Python: what Node serves and fetches.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
+#include <nanobind/typing.h>
+
+#include <mutex>
+#include <string>
+
+#include "node.h"
+#include "python/arrays.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace decotrain {
+namespace {
+
+using Guard = nb::call_guard<nb::gil_scoped_release>;
+using Items = nb::typed<nb::list, nb::any>;  // of arrays
+
+struct Heap {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<void>> arrays;
+};
+
+Heap& heap() {
+  static Heap* const one = new Heap;  // never destroyed: nodes may outlive static objects
+  return *one;
+}
+
+template <typename Array>
+StateBuffers bytes_of(const Items& items, std::vector<Array>& arrays) {
+  StateBuffers out;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    Array array;
+    if (!nb::try_cast(nb::borrow(items[i]), array, false)) {
+      throw nb::type_error(
+          ("array " + std::to_string(i) + " is not contiguous (and, to be fetched into, writable)")
+              .c_str());
+    }
+    // Published arrays are only read.
+    auto* data = const_cast<std::byte*>(static_cast<const std::byte*>(array.data()));
+    out.emplace_back(data, array.nbytes());
+    arrays.push_back(std::move(array));
+  }
+  return out;
+}
+
+void publish(Node& node, std::uint32_t tag, const Items& items, std::uint64_t version) {
+  release_dropped();
+  std::vector<ReadArray> arrays;
+  StateBuffers buffers = bytes_of(items, arrays);
+  auto keep = keep_arrays(std::move(arrays));
+  const nb::gil_scoped_release released;
+  node.store().publish(tag, std::move(buffers), version, std::move(keep));
+}
+
+std::shared_ptr<FetchWork> fetch(Node& node, std::uint32_t tag, std::vector<PeerId> peers,
+                                 const Items& into) {
+  release_dropped();
+  std::vector<WriteArray> arrays;
+  StateBuffers buffers = bytes_of(into, arrays);
+  auto keep = keep_arrays(std::move(arrays));
+  const nb::gil_scoped_release released;
+  return node.fetch(tag, std::move(peers), std::move(buffers), std::move(keep));
+}
+
+}  // namespace
+
+void drop_later(std::shared_ptr<void> arrays) {
+  const std::lock_guard lock(heap().mutex);
+  heap().arrays.push_back(std::move(arrays));
+}
+
+void release_dropped() {
+  std::vector<std::shared_ptr<void>> old;
+  {
+    const std::lock_guard lock(heap().mutex);
+    old.swap(heap().arrays);
+  }
+}
+
+void bind_fetch(nb::module_& m) {
+  nb::class_<FetchWork>(m, "Fetch", "A fragment on its way into the caller's arrays.")
+      .def("done", &FetchWork::done)
+      .def("wait", &FetchWork::wait, "timeout_s"_a = -1.0, Guard(),
+           "False when the time is over first. Below zero: no bound.")
+      .def_prop_ro(
+          "version", [](const FetchWork& work) { return work.progress().version; },
+          "Of the pieces here; final when done.")
+      .def_prop_ro("bytes", [](const FetchWork& work) { return work.progress().bytes; })
+      .def_prop_ro("total_bytes", [](const FetchWork& work) { return work.progress().total_bytes; })
+      .def_prop_ro(
+          "restarts", [](const FetchWork& work) { return work.progress().restarts; },
+          "How often the version moved and everything was asked for again.")
+      .def_prop_ro(
+          "damaged", [](const FetchWork& work) { return work.progress().damaged; },
+          "Pieces whose digest was wrong; they were asked for again.");
+}
+
+void bind_state(nb::class_<Node>& node) {
+  node.def("publish", &publish, "tag"_a, "arrays"_a, "version"_a,
+           "Serves the arrays from where they lie: write to them only between begin_update and "
+           "end_update.")
+      .def(
+          "withdraw", [](Node& n, std::uint32_t tag) { n.store().withdraw(tag); }, "tag"_a, Guard())
+      .def(
+          "begin_update", [](Node& n, std::uint32_t tag) { n.store().begin_update(tag); }, "tag"_a,
+          Guard())
+      .def(
+          "end_update",
+          [](Node& n, std::uint32_t tag, std::uint64_t version) {
+            n.store().end_update(tag, version);
+          },
+          "tag"_a, "version"_a, Guard())
+      .def(
+          "published_version", [](Node& n, std::uint32_t tag) { return n.store().version(tag); },
+          "tag"_a)
+      .def(
+          "fetch", &fetch, "tag"_a, "peers"_a, "into"_a,
+          "Pulls the fragment from these peers; the arrays belong to the fetch until it is done or "
+          "cancelled.")
+      .def("set_fetch_peers", &Node::set_fetch_peers, "fetch"_a, "peers"_a, Guard(),
+           "Others to ask from now on; what is fetched stays.")
+      .def("cancel", &Node::cancel, "fetch"_a, Guard());
+}
+
+}  // namespace decotrain

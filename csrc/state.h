@@ -1,0 +1,135 @@
+// Shared state for newcomers: a store that serves chunks of fragments, and a fetch that pulls one
+// fragment from several peers at once (docs/state.md).
+//
+// Frames and time in, frames out: no socket, no thread, no clock. The store may be called by the
+// trainer's thread (publish, updates) and the network thread (requests) at once; a fetch belongs to
+// the network thread. Neither decides what is current: that is the control plane's word.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+#include "wire.h"
+
+namespace decotrain {
+
+constexpr std::size_t kStateChunkBytes = std::size_t{1} << 20;
+constexpr std::uint64_t kAnyVersion = ~std::uint64_t{0};
+constexpr std::size_t kStateAskedMax = 8;    // requests under way, of one fetch at one peer
+constexpr std::size_t kStateQueuedMax = 64;  // requests that the store keeps, of one peer
+constexpr std::size_t kStateReplyBytesMax = std::size_t{32} << 20;  // copies on their way out
+
+// How a store answers (Header::chunk of a state frame).
+enum class StateAnswer : std::uint32_t {
+  here = 0,           // the payload is the chunk, at the version in `seq`
+  busy = 1,           // being written to: ask again
+  other_version = 2,  // `seq` is the version held
+  unknown = 3         // no such fragment, or of another size
+};
+
+using StateBuffers = std::vector<std::span<std::byte>>;
+std::size_t total_bytes(const StateBuffers& buffers);
+
+class StateStore {
+ public:
+  // Serves the buffers from where they lie, until they are published anew or withdrawn.
+  void publish(std::uint32_t tag, StateBuffers buffers, std::uint64_t version,
+               std::shared_ptr<const void> keep);
+  void withdraw(std::uint32_t tag);
+  // Around every write to the buffers. begin_update waits for at most one chunk's copy.
+  void begin_update(std::uint32_t tag);
+  void end_update(std::uint32_t tag, std::uint64_t version);
+  std::optional<std::uint64_t> version(std::uint32_t tag) const;
+
+  // The network thread's. A request that is no request of ours is forgotten.
+  void on_request(PeerId from, const Header& header);
+  bool has_reply(PeerId to) const;
+  bool next_reply(PeerId to, OutFrame& frame);
+  void forget(PeerId peer);  // it has left, or the link was reset: it asks again
+  std::size_t reply_bytes() const { return *reply_bytes_; }
+
+ private:
+  struct Fragment {
+    mutable std::mutex mutex;
+    StateBuffers buffers;
+    std::size_t bytes = 0;
+    std::uint64_t version = 0;
+    bool updating = false;
+    std::shared_ptr<const void> keep;
+  };
+  std::shared_ptr<Fragment> find(std::uint32_t tag) const;
+  StateAnswer read(const Header& request, Header& reply, std::byte* out) const;
+
+  mutable std::mutex mutex_;  // guards the map
+  std::map<std::uint32_t, std::shared_ptr<Fragment>> fragments_;
+  std::map<PeerId, std::deque<Header>> asked_;  // the network thread's
+  // Shared with the frames on their way, which may outlive the store.
+  std::shared_ptr<std::atomic<std::size_t>> reply_bytes_ =
+      std::make_shared<std::atomic<std::size_t>>(0);
+};
+
+struct StateProgress {
+  std::size_t bytes = 0, total_bytes = 0;
+  std::optional<std::uint64_t> version;
+  std::uint32_t restarts = 0;  // the version moved
+  std::uint32_t damaged = 0;   // chunks whose digest was wrong
+};
+
+class StateFetch {
+ public:
+  // `id` tells the answers of this fetch from those of an earlier one.
+  StateFetch(std::uint32_t tag, std::uint32_t id, StateBuffers into, std::vector<PeerId> peers);
+
+  void set_peers(const std::vector<PeerId>& peers);  // what is fetched stays
+  bool has_request(PeerId peer, double now) const;
+  bool next_request(PeerId peer, double now, Header& header);
+  Incoming on_header(PeerId from, const Header& header, double now);
+  void on_payload(PeerId from, const Header& header, std::span<const std::byte> payload,
+                  double now);
+  void on_link_reset(PeerId peer);  // its answers are lost
+  void tick(double now);
+  double next_deadline() const;
+
+  bool done() const { return left_ == 0; }
+  std::uint32_t tag() const { return tag_; }
+  const StateProgress& progress() const { return progress_; }
+
+ private:
+  struct Server {
+    std::vector<std::uint32_t> asked;
+    double heard = 0.0;
+    double not_before = 0.0;
+    std::uint32_t damaged = 0;
+  };
+  struct Piece {
+    bool done = false;
+    bool queued = true;  // in todo_
+    bool late = false;   // asked long ago: an idle server may be asked as well
+    double asked_at = 0.0;
+  };
+  std::size_t piece_bytes(std::uint32_t piece) const;
+  std::optional<std::uint32_t> pick(const Server& server, double now) const;
+  bool current(const Header& header) const;
+  void queue(std::uint32_t piece);
+  void give_back(Server& server);
+  void restart(std::uint64_t version);
+  void store(std::uint32_t piece, std::span<const std::byte> payload);
+
+  const std::uint32_t tag_, id_;
+  const StateBuffers into_;
+  std::map<PeerId, Server> servers_;
+  std::vector<Piece> pieces_;
+  std::deque<std::uint32_t> todo_;
+  std::size_t left_ = 0;
+  StateProgress progress_;
+};
+
+}  // namespace decotrain

@@ -1,0 +1,243 @@
+// Shared state: stores and a fetch joined by a list of frames, no sockets and no time but ours.
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <set>
+
+#include "state.h"
+
+namespace decotrain {
+namespace {
+
+constexpr std::size_t kBytes = 20 * kStateChunkBytes + 12345;
+
+std::vector<std::byte> content(std::uint64_t version, std::size_t bytes = kBytes) {
+  std::vector<std::byte> out(bytes);
+  for (std::size_t i = 0; i < bytes; ++i) {
+    out[i] = static_cast<std::byte>((i * 31 + (i >> 12) + version * 77) & 0xff);
+  }
+  return out;
+}
+
+StateBuffers in_pieces(std::vector<std::byte>& bytes) {
+  const std::span<std::byte> all(bytes);
+  if (bytes.size() < 100000) return {all};
+  return {all.subspan(0, 1000), all.subspan(1000, 0), all.subspan(1000, 70000), all.subspan(71000)};
+}
+
+struct Server {
+  std::vector<std::byte> bytes;
+  StateStore store;
+  bool alive = true;
+  bool damages = false;
+  int replies = 0;
+
+  explicit Server(std::uint64_t version) : bytes(content(version)) {
+    store.publish(3, in_pieces(bytes), version, {});
+  }
+  void move_to(std::uint64_t version) {
+    store.begin_update(3);
+    bytes = content(version);
+    store.publish(3, in_pieces(bytes), version, {});
+  }
+};
+
+constexpr PeerId kNewcomer = 99;
+
+// One exchange with every server; false when nothing moved.
+bool turn(StateFetch& fetch, std::map<PeerId, Server*>& servers, double now) {
+  bool moved = false;
+  fetch.tick(now);
+  for (auto& [peer, server] : servers) {
+    Header request;
+    while (fetch.next_request(peer, now, request)) {
+      moved = true;
+      std::array<std::byte, kHeaderBytes> bytes;
+      write(request, bytes);
+      if (server->alive) server->store.on_request(kNewcomer, *parse(bytes));
+    }
+    OutFrame frame;
+    if (!server->alive || !server->store.next_reply(kNewcomer, frame)) continue;
+    moved = true;
+    ++server->replies;
+    const Incoming incoming = fetch.on_header(peer, frame.header, now);
+    if (incoming.accept != Accept::take) continue;
+    REQUIRE(frame.header.payload_bytes <= kStateChunkBytes);
+    std::memcpy(incoming.target, frame.payload, frame.header.payload_bytes);
+    if (server->damages) incoming.target[7] ^= std::byte{1};
+    fetch.on_payload(peer, frame.header, {incoming.target, frame.header.payload_bytes}, now);
+  }
+  return moved;
+}
+
+bool run(StateFetch& fetch, std::map<PeerId, Server*>& servers, double& now, int turns = 1000) {
+  for (int i = 0; i < turns && !fetch.done(); ++i) {
+    if (!turn(fetch, servers, now)) {
+      const double next = fetch.next_deadline();
+      REQUIRE(next > now);  // else a real loop would spin
+      if (next > now + 1e6) return false;
+      now = next;
+    }
+  }
+  return fetch.done();
+}
+
+}  // namespace
+
+TEST_CASE("a fragment comes from all servers, whole and in its version") {
+  Server a(4), b(4), c(4);
+  std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}, {3, &c}};
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2, 3});
+  double now = 1.0;
+  REQUIRE(run(fetch, servers, now));
+  CHECK(into == content(4));
+  CHECK(fetch.progress().version == 4);
+  CHECK(fetch.progress().bytes == kBytes);
+  CHECK(fetch.progress().restarts == 0);
+  CHECK(a.replies > 0);
+  CHECK(b.replies > 0);
+  CHECK(c.replies > 0);
+  CHECK(a.store.reply_bytes() == 0);
+}
+
+TEST_CASE("the version moves: everything is asked for again, nothing is mixed") {
+  Server a(4), b(4);
+  std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}};
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2});
+  double now = 1.0;
+  for (int i = 0; i < 3; ++i) turn(fetch, servers, now);
+  REQUIRE_FALSE(fetch.done());
+  a.move_to(5);
+  for (int i = 0; i < 3; ++i) turn(fetch, servers, now);
+  b.move_to(5);
+  REQUIRE(run(fetch, servers, now));
+  CHECK(into == content(5));
+  CHECK(fetch.progress().version == 5);
+  CHECK(fetch.progress().restarts == 1);
+}
+
+TEST_CASE("a server that is being written to is asked again, and not in a circle") {
+  Server a(4);
+  std::map<PeerId, Server*> servers = {{1, &a}};
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1});
+  double now = 1.0;
+  a.store.begin_update(3);
+  CHECK_FALSE(run(fetch, servers, now, 20));
+  CHECK(a.replies <= 20);
+  a.store.end_update(3, 6);
+  REQUIRE(run(fetch, servers, now));
+  CHECK(fetch.progress().version == 6);
+}
+
+TEST_CASE("a damaged piece is asked for again; who damages much is not asked any more") {
+  Server good(4), bad(4);
+  bad.damages = true;
+  std::map<PeerId, Server*> servers = {{1, &bad}, {2, &good}};
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2});
+  double now = 1.0;
+  REQUIRE(run(fetch, servers, now));
+  CHECK(into == content(4));
+  CHECK(fetch.progress().damaged >= 1);
+  CHECK(fetch.progress().damaged <= kStateAskedMax + 3);
+}
+
+TEST_CASE("servers that die in between") {
+  Server a(4), b(4);
+  std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}};
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2});
+  double now = 1.0;
+  for (int i = 0; i < 2; ++i) turn(fetch, servers, now);
+  a.alive = false;
+  SUBCASE("one, noticed by its link") {
+    fetch.on_link_reset(1);
+    fetch.set_peers({2});
+  }
+  SUBCASE("one, silently: the other is asked for what it owes") {}
+  SUBCASE("both: another one goes on from there") {
+    b.alive = false;
+    fetch.set_peers({});
+    const std::size_t before = fetch.progress().bytes;
+    CHECK(before > 0);
+    CHECK_FALSE(run(fetch, servers, now, 10));
+    Server c(4);
+    std::map<PeerId, Server*> others = {{7, &c}};
+    fetch.set_peers({7});
+    REQUIRE(run(fetch, others, now));
+    CHECK(std::size_t(c.replies) * kStateChunkBytes < kBytes + kStateChunkBytes - before / 2);
+    CHECK(into == content(4));
+    return;
+  }
+  REQUIRE(run(fetch, servers, now));
+  CHECK(into == content(4));
+  CHECK(now < 4.0);
+}
+
+TEST_CASE("a store answers no nonsense and keeps few requests") {
+  Server a(4);
+  Header request;
+  request.type = FrameType::state_request;
+  request.tag = 3;
+  request.seq = kAnyVersion;
+  request.c = kBytes;
+  OutFrame frame;
+  const auto answer = [&](Header header) {
+    a.store.on_request(1, header);
+    if (!a.store.next_reply(1, frame)) return -1;
+    return static_cast<int>(frame.header.chunk);
+  };
+  CHECK(answer(request) == int(StateAnswer::here));
+  Header bad = request;
+  bad.a = 1;
+  CHECK(answer(bad) == -1);
+  bad.a = kStateChunkBytes << 40;
+  CHECK(answer(bad) == int(StateAnswer::unknown));
+  bad = request;
+  bad.c = kBytes + 1;
+  CHECK(answer(bad) == int(StateAnswer::unknown));
+  bad = request;
+  bad.tag = 9;
+  CHECK(answer(bad) == int(StateAnswer::unknown));
+  bad = request;
+  bad.seq = 3;
+  CHECK(answer(bad) == int(StateAnswer::other_version));
+  for (int i = 0; i < 1000; ++i) a.store.on_request(1, request);
+  std::vector<OutFrame> held;
+  while (a.store.next_reply(1, frame)) held.push_back(frame);
+  frame = {};
+  CHECK(held.size() * kStateChunkBytes <= kStateReplyBytesMax);
+  CHECK(a.store.reply_bytes() <= kStateReplyBytesMax);
+  held.clear();
+  int rest = 0;
+  while (a.store.next_reply(1, frame)) ++rest;
+  CHECK(rest < int(kStateQueuedMax));
+}
+
+TEST_CASE("answers that nobody asked for become nothing") {
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1});
+  Header request;
+  REQUIRE(fetch.next_request(1, 1.0, request));
+  Header answer;
+  answer.type = FrameType::state;
+  answer.tag = 3;
+  answer.spec_digest = 1;
+  answer.a = request.a;
+  answer.payload_bytes = kStateChunkBytes;
+  CHECK(fetch.on_header(1, answer, 1.0).accept == Accept::take);
+  for (auto change : std::initializer_list<void (*)(Header&)>{
+           [](Header& h) { h.tag = 4; }, [](Header& h) { h.spec_digest = 2; },
+           [](Header& h) { h.a += kStateChunkBytes; }, [](Header& h) { h.a = ~std::uint64_t{0}; },
+           [](Header& h) { h.payload_bytes = 5; }}) {
+    Header wrong = answer;
+    change(wrong);
+    CHECK(fetch.on_header(1, wrong, 1.0).accept == Accept::drop);
+  }
+  CHECK(fetch.on_header(2, answer, 1.0).accept == Accept::drop);
+}
+
+}  // namespace decotrain
