@@ -100,7 +100,7 @@ std::uint64_t Impl::begin(BeginArgs args, double now) {
   round.contributes = roles.self_active() && args.weight > 0.0;
   round.skips = roles.self_active() && !round.contributes;
   round.weight = args.weight;
-  round.state_digest = args.state_digest;
+  round.state_digest = roles.self_active() ? args.state_digest : 0;
   round.snapshot = std::move(args.snapshot);
   round.collect_bytes = args.collect_bytes;
   tag.next = seq + 1;
@@ -128,10 +128,16 @@ void Impl::end(Round& round, Outcome outcome) {
   }
   tag.next = std::max(tag.next, round.seq + 1);
   if (outcome == Outcome::stable || round.begun) {
-    tag.results[round.seq] = round.result(outcome, view.id);
+    // Our caller may still wait for this number from a branch that became void.
+    const bool waited = tag.results.count(round.seq) != 0;
+    RoundResult& result = tag.results[round.seq];
+    result = round.result(outcome, view.id);
+    result.begun = round.begun || waited;
     if (outcome == Outcome::stable) event(EventKind::stable, round, 0, "");
   }
   to_settle.emplace_back(round.tag, round.seq);
+  const auto next = tag.rounds.find(round.seq + 1);
+  if (next != tag.rounds.end()) check_stable(next->second);
 }
 
 // Rounds are erased here only, when no one further up the stack can hold one.
@@ -204,6 +210,11 @@ std::uint64_t Engine::begin(BeginArgs args, double now) {
 
 bool Engine::may_begin(std::uint32_t tag) const { return impl_->may_begin(tag); }
 
+std::uint64_t Engine::next(std::uint32_t tag) const {
+  const Tag* const of = impl_->find_tag(tag);
+  return of == nullptr ? 0 : of->next;
+}
+
 bool Engine::ready(std::uint32_t tag, std::uint64_t seq) const {
   const Tag* const of = impl_->find_tag(tag);
   return of != nullptr && of->results.count(seq) != 0;
@@ -239,6 +250,13 @@ void Engine::declare(const std::vector<std::pair<std::uint32_t, std::int64_t>>& 
     Tag& tag = impl_->tags[id];
     tag.state = true;
     tag.applied = seq;
+    // Results handed over before count no more: the application says what it has.
+    tag.run_first = seq + 1;
+    tag.run_last = seq;
+    for (const auto& [number, result] : tag.results) {
+      const bool next = static_cast<std::int64_t>(number) == tag.run_last + 1;
+      if (next && result.outcome == Outcome::stable) ++tag.run_last;
+    }
   }
 }
 

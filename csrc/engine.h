@@ -176,12 +176,15 @@ class Engine {
   std::uint64_t begin(BeginArgs args, double now);
   // False while a view is lacking, the tag's last round is open, or missed results are not taken.
   bool may_begin(std::uint32_t tag) const;
+  // The number `begin` would give: who holds the state after round next - 1 may begin.
+  std::uint64_t next(std::uint32_t tag) const;
   bool ready(std::uint32_t tag, std::uint64_t seq) const;
   RoundResult take_result(std::uint32_t tag, std::uint64_t seq);
   // Results of rounds that were completed for us before our next begin (observing, skipped),
   // oldest first; they must be taken before begin(tag).
   std::vector<std::uint64_t> missed(std::uint32_t tag) const;
-  // State held: tag -> last round whose effect it contains. Tags not named carry no state.
+  // State held: tag -> last round whose effect it contains. Tags not named carry no state. Results
+  // taken before and not in this state count as lost: say it again after dropping one.
   void declare(const std::vector<std::pair<std::uint32_t, std::int64_t>>& covered);
   void set_covered(std::uint32_t tag, std::int64_t seq);
 

@@ -130,8 +130,8 @@ struct Engine::Impl {
   // views.cpp
   Report freeze(FreezeId id);
   bool install(const Install& plan, double now);
-  void install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan);
-  void install_round(const RoundPlan& plan);
+  void install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool reported);
+  void install_round(const RoundPlan& plan, const TagPlan& tag_plan);
   bool install_chunk(Round& round, std::uint32_t chunk, const ChunkPlan& plan);
   void install_unplanned(Round& round, const TagPlan& plan);
   void adopt_role(Round& round, bool was_active);

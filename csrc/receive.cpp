@@ -323,6 +323,7 @@ void Impl::take_have(const Member& from, const Header& header, const Incoming& i
   }
   const bool first = (round->opened & bit(from.slot)) == 0;
   round->opened |= bit(from.slot);
+  if (!round->open && maps) round->parked_lost = true;  // a stream broke: ask when we open
   if (!round->open || round->settled) return;
   if (!maps) {
     if (first) offer_all(*round, from.slot);

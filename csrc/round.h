@@ -94,7 +94,8 @@ struct Round {
   bool contributes = false;
   bool skips = false;
   bool stable_by_plan = false;
-  bool settled = false;  // stable, lost or left: waits to be handed over
+  std::uint64_t plan_digest = 0;  // what the round's digest must be, if stable by plan
+  bool settled = false;           // stable, lost or left: waits to be handed over
 
   double weight = 0.0;
   std::uint64_t state_digest = 0;

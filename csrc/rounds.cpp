@@ -103,8 +103,12 @@ void Impl::check_complete(Round& round, double now) {
 
 void Impl::check_stable(Round& round) {
   if (!round.complete || round.settled) return;
+  // Rounds of a tag end in order: a result is of no use before the one that it follows.
+  for (const auto& [seq, other] : tags[round.tag].rounds) {
+    if (seq < round.seq && !other.settled) return;
+  }
   if (round.stable_by_plan) {
-    end(round, Outcome::stable);
+    end(round, round.digest == round.plan_digest ? Outcome::stable : Outcome::lost);
     return;
   }
   if (roles.active == 0 || (roles.active & ~round.done_from) != 0) return;

@@ -114,7 +114,8 @@ bool Impl::make_frame(const Member& to, const Outgoing& what, OutFrame& frame) {
   if (round == nullptr || round->settled) {
     if (what.type == FrameType::done) return make_old_done(what, frame);
     Tag* const tag = find_tag(what.tag);
-    if (what.type != FrameType::result || tag == nullptr || !tag->closed) return false;
+    const bool useful = what.type == FrameType::result || what.type == FrameType::open;
+    if (!useful || tag == nullptr || !tag->closed) return false;
     if (tag->closed->seq != what.seq) return false;
     round = &*tag->closed;
   }
@@ -210,7 +211,9 @@ void Impl::on_link_reset(PeerId peer) {
       say(other->slot, {.type = FrameType::done, .tag = id, .seq = tag.stable.back().seq});
     }
     for (auto& [seq, round] : tag.rounds) {
-      if (!round.open || round.settled) continue;
+      if (round.settled) continue;
+      round.parked_lost = round.parked_lost || !round.open;
+      if (!round.open) continue;
       say(other->slot, {.type = FrameType::have, .tag = id, .seq = seq});
     }
   }

@@ -45,24 +45,30 @@ void check_chunk(const ChunkPlan& chunk, const RoundPlan& round, const Roles& ro
     return;
   }
   require(chunk.kind == ChunkPlan::Kind::value, "a chunk's kind is unknown");
-  require(chunk.born != 0 && chunk.born < view, "a value was not born in an older view");
   require((chunk.holders & ~roles.all) == 0, "a holder is no member");
   require(chunk.holders != 0 || round.stable, "a value has no holder");
+  const bool older = chunk.born != 0 && chunk.born < view;
+  require(older || chunk.holders == 0, "a value was not born in an older view");
 }
 
 // Everything an INSTALL says comes from the network: sizes, slots and numbers are checked here.
 void check(const Install& plan) {
   const Roles roles = check_view(plan.view);
   require((plan.reported & ~roles.all) == 0, "a reporter is no member");
-  std::set<std::uint32_t> tags;
+  std::map<std::uint32_t, std::int64_t> tags;
   for (const TagPlan& tag : plan.tags) {
-    require(tag.tag < kMaxTags && tags.insert(tag.tag).second, "a tag is bad or named twice");
+    const bool fresh = tags.insert({tag.tag, tag.stable}).second;
+    require(tag.tag < kMaxTags && fresh, "a tag is bad or named twice");
     require(tag.stable >= -1 && tag.stable < static_cast<std::int64_t>(kMaxSeq), "a bad round");
   }
   std::set<std::pair<std::uint32_t, std::uint64_t>> rounds;
   std::uint64_t chunks = 0;
   for (const RoundPlan& round : plan.rounds) {
-    require(round.tag < kMaxTags && round.seq < kMaxSeq, "a bad round");
+    const auto tag = tags.find(round.tag);
+    require(tag != tags.end() && round.seq < kMaxSeq, "a bad round");
+    const auto seq = static_cast<std::int64_t>(round.seq);
+    require(round.stable == (seq <= tag->second), "a round and its tag disagree");
+    require(seq <= tag->second + 2, "a round is too far ahead");
     require(rounds.insert({round.tag, round.seq}).second, "a round is named twice");
     require(*fault(round.spec) == '\0', fault(round.spec));
     require(round.chunks.size() == chunk_count(round.spec), "a wrong number of chunks");
@@ -120,12 +126,12 @@ bool Impl::install(const Install& plan, double now) {
     const auto found = tag_plans.find(id);
     const TagPlan tag_plan = found == tag_plans.end() ? TagPlan{id, -1, 0} : found->second;
     tag_plans[id] = tag_plan;
-    install_tag(id, tag, tag_plan);
+    install_tag(id, tag, tag_plan, (plan.reported & bit(roles.self)) != 0);
     for (auto& [seq, round] : tag.rounds) {
       if (planned.count({id, seq}) == 0) install_unplanned(round, tag_plan);
     }
   }
-  for (const RoundPlan& one : plan.rounds) install_round(one);
+  for (const RoundPlan& one : plan.rounds) install_round(one, tag_plans[one.tag]);
   settle_all();
   for (auto& [id, tag] : tags) {
     tag.next = static_cast<std::uint64_t>(tag_plans[id].stable + 1);
@@ -140,7 +146,7 @@ bool Impl::install(const Install& plan, double now) {
 
 // Our own history against the plan's: having returned a round that the others redo, or with other
 // bits, makes our branch void (V11).
-void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan) {
+void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool reported) {
   tag.closed.reset();
   if (tag.stable.empty()) return;
   const StableRound& last = tag.stable.back();
@@ -149,17 +155,29 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan) {
   if (seq <= plan.stable && !differs) return;
   events.push_back({EventKind::diverged, id, last.seq, self,
                     "we returned a round that the view does not know: our state is void"});
-  tag.applied = -1;
+  // A plan made from our report continues the state we have applied, even if it goes back behind
+  // rounds we know (a new generation).
+  if (!reported || tag.applied > plan.stable) tag.applied = -1;
   tag.run_first = 0;
   tag.run_last = -1;
   tag.stable.clear();
   std::erase_if(tag.results, [](const auto& one) { return !one.second.begun; });
+  for (auto& [number, result] : tag.results) {
+    RoundResult lost;
+    lost.tag = id;
+    lost.seq = number;
+    lost.spec = result.spec;
+    lost.outcome = Outcome::lost;
+    result = std::move(lost);
+  }
 }
 
 // A round of ours that the plan does not name: settled by the others, or still to be run.
 void Impl::install_unplanned(Round& round, const TagPlan& plan) {
   const auto seq = static_cast<std::int64_t>(round.seq);
-  if (seq <= plan.stable) {
+  // Only the round after the last stable one can be begun now. A higher number is of a branch that
+  // is void.
+  if (seq != plan.stable + 1) {
     const bool proven = round.complete && seq == plan.stable && round.digest == plan.digest;
     end(round, proven ? Outcome::stable : Outcome::lost);
     return;
@@ -178,7 +196,7 @@ void Impl::install_unplanned(Round& round, const TagPlan& plan) {
   round.results.reset();  // whoever still writes to it keeps it
 }
 
-void Impl::install_round(const RoundPlan& plan) {
+void Impl::install_round(const RoundPlan& plan, const TagPlan& tag_plan) {
   Tag& tag = tags[plan.tag];
   const auto seq = static_cast<std::int64_t>(plan.seq);
   if (seq >= tag.run_first && seq <= tag.run_last) return;  // stable and in our hands
@@ -199,9 +217,12 @@ void Impl::install_round(const RoundPlan& plan) {
   }
   round.planned = true;
   round.stable_by_plan = plan.stable;
+  round.plan_digest = tag_plan.digest;
   round.complete = false;
   round.remember(view);
-  bool possible = true;
+  // Values of a stable round count only with its digest: a report may hold values of a branch that
+  // was redone and closed since.
+  bool possible = !plan.stable || (seq == tag_plan.stable && tag_plan.digest != 0);
   for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
     possible = install_chunk(round, c, plan.chunks[c]) && possible;
   }
@@ -259,8 +280,10 @@ void Impl::adopt_role(Round& round, bool was_active) {
   if (!roles.self_active()) {
     round.contributes = false;
     round.skips = false;
+    round.state_digest = 0;
   } else if (!was_active) {
     round.contributes = false;
+    round.state_digest = 0;
     round.skips = round.planned || round.begun;
   }
 }

@@ -262,6 +262,7 @@ void bind_engine(nb::module_& m) {
            "state_digest"_a = 0, "encoded"_a = true, "now"_a = 0.0,
            "Copies `data` and begins the tag's next round; None contributes nothing.")
       .def("may_begin", &Engine::may_begin, "tag"_a)
+      .def("next", &Engine::next, "tag"_a)
       .def("ready", &Engine::ready, "tag"_a, "seq"_a)
       .def("take_result", &Engine::take_result, "tag"_a, "seq"_a)
       .def("missed", &Engine::missed, "tag"_a)

@@ -1,0 +1,51 @@
+// Rounds under churn: kills, joins, lost reports and installs, broken streams, old frames, all from
+// one seed. The simulator in tests/sim goes further; this runs under the sanitizers.
+#include <doctest/doctest.h>
+
+#include "world.h"
+
+using namespace decotrain;
+using namespace decotrain::test;
+
+namespace {
+
+constexpr int kActions = 1500;
+
+std::string run(std::uint32_t seed, WorldOptions options) {
+  options.chaos = true;
+  World world(seed, options);
+  for (int i = 0; i < kActions && world.violations().empty(); ++i) world.act();
+  if (world.violations().empty()) world.heal();
+  world.check();
+  if (!world.violations().empty()) return world.violations().front();
+  for (std::size_t i = 0; i < world.size(); ++i) {
+    Peer& peer = world.peer(i);
+    if (!peer.alive) continue;
+    for (const auto& [tag, state] : peer.state) {
+      if (state.version + 1 == static_cast<std::int64_t>(options.rounds)) continue;
+      return "peer " + std::to_string(peer.id) + " hangs at version " +
+             std::to_string(state.version) + " of tag " + std::to_string(tag) + world.describe();
+    }
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("agreement and progress under churn") {
+  for (std::uint32_t seed = 0; seed < 400; ++seed) {
+    CAPTURE(seed);
+    WorldOptions options;
+    options.peers = 2 + seed % 4;
+    options.elements = seed % 3 == 0 ? 5 : seed % 3 == 1 ? 200 : 30000;
+    options.chunk_elements = seed % 3 == 2 ? 4000 : 64;
+    options.rounds = 6;
+    if (seed % 5 == 0) {
+      options.engine.grace_s = 0.05;
+      options.engine.quorum = 0.5;
+    }
+    const std::string fault = run(seed, options);
+    INFO(fault);
+    CHECK(fault.empty());
+  }
+}

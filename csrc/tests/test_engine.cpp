@@ -1,0 +1,265 @@
+// Rounds without churn: sizes, numbers of peers, operations, weights, and what a frame may not do.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "world.h"
+
+using namespace decotrain;
+using namespace decotrain::test;
+
+namespace {
+
+// Engines that exchange frames in a seeded order; no faults.
+struct Group {
+  explicit Group(std::size_t n, EngineOptions options = {}) {
+    Install install;
+    install.view.id = (ViewId{1} << 32) | 1;
+    install.answers = {1, 1};
+    for (std::size_t i = 0; i < n; ++i) {
+      engines.push_back(std::make_unique<Engine>(PeerId{100 + i}, options));
+      install.view.members.push_back({100 + i, static_cast<std::uint8_t>(i), true, 1.0});
+      install.reported |= SlotMask{1} << i;
+    }
+    for (auto& one : engines) {
+      one->freeze({1, 1});
+      REQUIRE(one->install(install, 0.0));
+    }
+  }
+
+  // Moves up to `frames` frames.
+  void pump(std::size_t frames = std::numeric_limits<std::size_t>::max()) {
+    for (; frames > 0; --frames) {
+      std::vector<std::pair<std::size_t, std::size_t>> ready;
+      for (std::size_t i = 0; i < engines.size(); ++i) {
+        for (std::size_t j = 0; j < engines.size(); ++j) {
+          if (i != j && engines[i]->has_frames(100 + j)) ready.emplace_back(i, j);
+        }
+      }
+      if (ready.empty()) return;
+      const auto [i, j] = ready[rng() % ready.size()];
+      OutFrame frame;
+      if (engines[i]->next_frame(100 + j, frame)) give(i, j, frame);
+    }
+  }
+
+  Accept give(std::size_t i, std::size_t j, const OutFrame& frame) {
+    Incoming incoming = engines[j]->on_header(100 + i, frame.header, 0.0);
+    const Accept accept = incoming.accept;
+    if (accept != Accept::take) return accept;
+    if (frame.header.payload_bytes > 0) {
+      std::memcpy(incoming.target, frame.payload, frame.header.payload_bytes);
+    }
+    engines[j]->on_payload(100 + i, frame.header, std::move(incoming), 0.0);
+    return accept;
+  }
+
+  std::uint64_t begin(std::size_t i, const RoundSpec& spec, const std::vector<float>& values,
+                      double weight = 1.0) {
+    auto copy = std::make_shared<std::vector<float>>(values);
+    BeginArgs args;
+    args.spec = spec;
+    args.snapshot = {reinterpret_cast<const std::byte*>(copy->data()), copy};
+    args.collect_bytes = spec.op == Op::collect ? values.size() * sizeof(float) : 0;
+    args.weight = weight;
+    return engines[i]->begin(std::move(args), 0.0);
+  }
+
+  std::vector<std::unique_ptr<Engine>> engines;
+  std::mt19937 rng{7};
+};
+
+std::vector<float> decoded(const RoundResult& result) {
+  std::vector<float> values;
+  for (std::size_t c = 0; c < result.chunks.size(); ++c) {
+    const std::size_t old = values.size();
+    values.resize(old + result.chunk_bytes[c] / sizeof(float));
+    if (result.chunk_bytes[c] > 0) {
+      std::memcpy(values.data() + old, result.chunks[c], result.chunk_bytes[c]);
+    }
+  }
+  return values;
+}
+
+RoundSpec spec_for(Op op, std::uint64_t elements, std::uint32_t chunk_elements) {
+  RoundSpec spec;
+  spec.op = op;
+  spec.rule = op == Op::sum ? Rule::sum : Rule::mean;
+  spec.elements = op == Op::collect ? 0 : elements;
+  spec.chunk_elements = chunk_elements;
+  return spec;
+}
+
+void check_round(std::size_t n, std::uint64_t elements, Op op, bool weighted) {
+  CAPTURE(n);
+  CAPTURE(elements);
+  Group group(n);
+  group.rng.seed(static_cast<std::uint32_t>(n * 1000 + elements));
+  std::normal_distribution<float> normal;
+  std::vector<std::vector<float>> inputs(n, std::vector<float>(elements));
+  double weights = 0.0;
+  std::vector<double> expected(elements, 0.0);
+  std::vector<double> magnitude(elements, 0.0);
+  for (std::size_t i = 0; i < n; ++i) {
+    const double weight = weighted ? 1.0 + 2.5 * static_cast<double>(i) : 1.0;
+    weights += weight;
+    for (std::size_t e = 0; e < elements; ++e) {
+      inputs[i][e] = normal(group.rng);
+      expected[e] += (op == Op::mean ? weight : 1.0) * static_cast<double>(inputs[i][e]);
+      magnitude[e] += weight * std::abs(static_cast<double>(inputs[i][e]));
+    }
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const double weight = weighted ? 1.0 + 2.5 * static_cast<double>(i) : 1.0;
+    group.begin(i, spec_for(op, elements, 64), inputs[i], weight);
+    group.pump(group.rng() % 7);
+  }
+  group.pump();
+  std::vector<std::uint64_t> digests;
+  for (std::size_t i = 0; i < n; ++i) {
+    REQUIRE(group.engines[i]->ready(0, 0));
+    const RoundResult result = group.engines[i]->take_result(0, 0);
+    CHECK(result.outcome == Outcome::stable);
+    digests.push_back(result.digest);
+    CHECK(digests[i] == digests[0]);
+    const std::vector<float> values = decoded(result);
+    REQUIRE(values.size() == elements);
+    const double scale = op == Op::mean ? weights : 1.0;
+    for (std::size_t e = 0; e < elements; ++e) {
+      const double error = std::abs(values[e] - expected[e] / scale);
+      if (error > 1e-6 * magnitude[e] / scale + 1e-12) FAIL("element " << e << " off by " << error);
+    }
+    for (const SlotMask who : result.contributors) CHECK(who == (SlotMask{1} << n) - 1);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("mean and sum are those of float64 and the same bits everywhere") {
+  for (const std::size_t n : {1, 2, 3, 5, 8}) {
+    for (const std::uint64_t elements : {0, 1, 7, 63, 64, 65, 127, 128, 1009}) {
+      check_round(n, elements, Op::mean, false);
+      check_round(n, elements, Op::mean, true);
+      check_round(n, elements, Op::sum, false);
+    }
+  }
+  check_round(3, 100003, Op::mean, true);  // more than an eager round: waits for OPEN
+}
+
+TEST_CASE("collect keeps every peer's bytes in rank order") {
+  Group group(5);
+  for (std::size_t i = 0; i < 5; ++i) {
+    const std::vector<float> mine(i, static_cast<float>(i));
+    group.begin(i, spec_for(Op::collect, 0, 64), mine, i == 3 ? 0.0 : 1.0);
+  }
+  group.pump();
+  for (std::size_t i = 0; i < 5; ++i) {
+    const RoundResult result = group.engines[i]->take_result(0, 0);
+    CHECK(decoded(result) == std::vector<float>{1, 2, 2, 4, 4, 4, 4});
+    CHECK(result.contributors[0] == 1);  // contributed nothing, which is not the same as
+    CHECK(result.contributors[3] == 0);  // not having contributed
+  }
+}
+
+TEST_CASE("a round that everybody skips has an explicit empty result") {
+  for (const std::size_t n : {1, 2, 3}) {
+    Group group(n);
+    for (std::size_t i = 0; i < n; ++i) group.begin(i, spec_for(Op::mean, 200, 64), {}, 0.0);
+    group.pump();
+    for (std::size_t i = 0; i < n; ++i) {
+      const RoundResult result = group.engines[i]->take_result(0, 0);
+      CHECK(result.outcome == Outcome::stable);
+      CHECK(decoded(result).empty());
+      CHECK(result.contributors == std::vector<SlotMask>(4, 0));
+    }
+  }
+}
+
+TEST_CASE("who skips is not in the mean") {
+  Group group(3);
+  group.begin(0, spec_for(Op::mean, 100, 64), std::vector<float>(100, 1.0f));
+  group.begin(1, spec_for(Op::mean, 100, 64), std::vector<float>(100, 3.0f));
+  group.begin(2, spec_for(Op::mean, 100, 64), {}, 0.0);
+  group.pump();
+  const RoundResult result = group.engines[2]->take_result(0, 0);
+  CHECK(decoded(result) == std::vector<float>(100, 2.0f));
+  CHECK(result.contributors == std::vector<SlotMask>{3, 3});
+  CHECK(result.peers == std::vector<std::pair<std::uint8_t, PeerId>>{{0, 100}, {1, 101}});
+}
+
+TEST_CASE("a NaN is left out and its sender named; the round goes on without it") {
+  Group group(3);
+  std::vector<float> bad(200, 1.0f);
+  bad[70] = std::numeric_limits<float>::quiet_NaN();  // chunk 1
+  bad[10] = std::numeric_limits<float>::infinity();   // chunk 0
+  bad[150] = std::numeric_limits<float>::quiet_NaN();
+  group.begin(0, spec_for(Op::mean, 200, 64), std::vector<float>(200, 2.0f));
+  group.begin(1, spec_for(Op::mean, 200, 64), std::vector<float>(200, 4.0f));
+  group.begin(2, spec_for(Op::mean, 200, 64), bad);
+  group.pump();
+  std::size_t named = 0;
+  for (std::size_t i = 0; i < 2; ++i) {
+    for (const Event& event : group.engines[i]->take_events()) {
+      if (event.kind == EventKind::refused) CHECK(event.peer == 102);
+      named += event.kind == EventKind::refused ? 1 : 0;
+    }
+  }
+  CHECK(named >= 2);
+  const RoundResult result = group.engines[0]->take_result(0, 0);
+  CHECK(result.contributors[0] == 3);
+  for (const float value : decoded(result)) CHECK(std::isfinite(value));
+}
+
+TEST_CASE("two rounds of two tags are open at once, in any order of beginning") {
+  Group group(3);
+  const RoundSpec spec = spec_for(Op::sum, 300, 64);
+  auto begin = [&](std::size_t i, std::uint32_t tag, float value) {
+    auto copy = std::make_shared<std::vector<float>>(300, value);
+    BeginArgs args;
+    args.tag = tag;
+    args.spec = spec;
+    args.snapshot = {reinterpret_cast<const std::byte*>(copy->data()), copy};
+    group.engines[i]->begin(std::move(args), 0.0);
+    group.pump(5);
+  };
+  begin(0, 4, 1.0f);
+  begin(1, 9, 16.0f);
+  begin(2, 9, 32.0f);
+  begin(1, 4, 2.0f);
+  begin(0, 9, 8.0f);
+  begin(2, 4, 4.0f);
+  group.pump();
+  for (auto& engine : group.engines) {
+    CHECK(decoded(engine->take_result(4, 0)) == std::vector<float>(300, 7.0f));
+    CHECK(decoded(engine->take_result(9, 0)) == std::vector<float>(300, 56.0f));
+  }
+}
+
+TEST_CASE("a round follows a round, and begin keeps its order") {
+  Group group(2);
+  const RoundSpec spec = spec_for(Op::mean, 10, 64);
+  for (std::uint64_t seq = 0; seq < 20; ++seq) {
+    CHECK(group.begin(0, spec, std::vector<float>(10, 1.0f)) == seq);
+    CHECK_FALSE(group.engines[0]->may_begin(0));
+    CHECK_THROWS_AS(group.begin(0, spec, std::vector<float>(10, 1.0f)), std::logic_error);
+    CHECK(group.begin(1, spec, std::vector<float>(10, 2.0f)) == seq);
+    group.pump();
+    CHECK(decoded(group.engines[0]->take_result(0, seq)) == std::vector<float>(10, 1.5f));
+    CHECK(group.engines[1]->take_result(0, seq).seq == seq);
+  }
+}
+
+TEST_CASE("another specification changes nothing and is named") {
+  Group group(2);
+  group.begin(0, spec_for(Op::mean, 30000, 64), std::vector<float>(30000, 1.0f));
+  group.begin(1, spec_for(Op::mean, 30000, 128), std::vector<float>(30000, 1.0f));
+  group.pump();
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK_FALSE(group.engines[i]->ready(0, 0));
+    const auto events = group.engines[i]->take_events();
+    REQUIRE(events.size() == 1);
+    CHECK(events[0].kind == EventKind::spec_mismatch);
+    CHECK(events[0].peer == 101 - i);
+  }
+}

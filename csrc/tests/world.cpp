@@ -1,0 +1,351 @@
+#include "world.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace decotrain::test {
+namespace {
+
+constexpr std::size_t kOldFramesKept = 64;
+constexpr double kTick = 1e-3;
+
+RoundSpec spec_of(const WorldOptions& options) {
+  RoundSpec spec;
+  spec.op = Op::sum;
+  spec.rule = Rule::sum;
+  spec.elements = options.elements;
+  spec.chunk_elements = options.chunk_elements;
+  return spec;
+}
+
+}  // namespace
+
+World::World(std::uint32_t seed, WorldOptions chosen) : options_(chosen), rng_(seed) {
+  for (std::size_t i = 0; i < options_.peers; ++i) join();
+  change_view(false);
+}
+
+void World::join() {
+  Peer one;
+  one.id = 1000 + peers_.size();
+  one.slot = static_cast<std::uint8_t>(next_slot_++);
+  one.engine = std::make_unique<Engine>(one.id, options_.engine);
+  std::vector<std::pair<std::uint32_t, std::int64_t>> covered;
+  for (std::uint32_t tag = 0; tag < options_.tags; ++tag) covered.emplace_back(tag, -1);
+  one.engine->declare(covered);
+  for (std::uint32_t tag = 0; tag < options_.tags; ++tag) one.state[tag] = {};
+  peers_.push_back(std::move(one));
+}
+
+void World::kill(std::size_t i) {
+  peers_[i].alive = false;
+  for (auto& [key, stream] : streams_) {
+    // What it wrote before it died may still arrive; what was on its way to it is gone.
+    if (std::get<1>(key) == i) stream = Stream{};
+  }
+  for (auto& [round, digests] : truth_) digests.erase(peers_[i].id);
+}
+
+void World::break_pair(std::size_t a, std::size_t b) {
+  for (int k = 0; k < options_.streams; ++k) {
+    if (options_.chaos && random(3) == 0) continue;  // this stream of the pair lives
+    for (const auto& key : {std::tuple{a, b, k}, std::tuple{b, a, k}}) {
+      Stream& stream = streams_[key];
+      if (stream.receiving && stream.receiving->target != nullptr) {
+        stream.receiving->target[0] ^= std::byte{0xff};  // half a payload was written
+      }
+      stream = Stream{};
+    }
+  }
+  resets_.emplace_back(a, b);
+  resets_.emplace_back(b, a);
+}
+
+void World::send_one(std::size_t from, std::size_t to) {
+  OutFrame out;
+  if (!peers_[from].engine->next_frame(peers_[to].id, out)) return;
+  if (!peers_[to].alive) return;
+  Frame frame;
+  write(out.header, frame.header);
+  frame.payload.assign(out.payload, out.payload + out.header.payload_bytes);
+  const int k = static_cast<int>(random(static_cast<std::uint64_t>(options_.streams)));
+  if (options_.chaos && old_frames_.size() < kOldFramesKept && random(4) == 0) {
+    old_frames_.emplace_back(from, to, frame);
+  }
+  streams_[{from, to, k}].frames.push_back(std::move(frame));
+}
+
+bool World::deliver(std::size_t from, std::size_t to, Stream& stream) {
+  if (stream.frames.empty()) return false;
+  Engine& engine = *peers_[to].engine;
+  const Frame& frame = stream.frames.front();
+  const auto header = parse(frame.header);
+  if (!header) {
+    violations_.push_back("a header does not parse");
+    return false;
+  }
+  if (!stream.receiving) {
+    Incoming incoming = engine.on_header(peers_[from].id, *header, now);
+    if (incoming.accept == Accept::later) return false;
+    if (incoming.accept == Accept::refuse) {
+      violations_.push_back(std::string("refused: ") + incoming.reason);
+    }
+    if (incoming.accept != Accept::take) {
+      stream.frames.pop_front();
+      return true;
+    }
+    stream.receiving = std::move(incoming);
+    if (options_.chaos && random(2) == 0) return true;
+  }
+  if (!frame.payload.empty()) {
+    std::memcpy(stream.receiving->target, frame.payload.data(), frame.payload.size());
+  }
+  engine.on_payload(peers_[from].id, *header, std::move(*stream.receiving), now);
+  stream.receiving.reset();
+  stream.frames.pop_front();
+  return true;
+}
+
+bool World::move(bool) {
+  std::vector<std::pair<std::size_t, std::size_t>> senders;
+  for (std::size_t i = 0; i < peers_.size(); ++i) {
+    for (std::size_t j = 0; j < peers_.size(); ++j) {
+      if (i != j && peers_[i].alive && peers_[i].engine->has_frames(peers_[j].id)) {
+        senders.emplace_back(i, j);
+      }
+    }
+  }
+  if (!resets_.empty() && random(4) == 0) {
+    const std::size_t which = random(resets_.size());
+    const auto [who, about] = resets_[which];
+    resets_.erase(resets_.begin() + static_cast<std::ptrdiff_t>(which));
+    if (peers_[who].alive) peers_[who].engine->on_link_reset(peers_[about].id, now);
+    return true;
+  }
+  if (!senders.empty() && random(2) == 0) {
+    const auto [i, j] = senders[random(senders.size())];
+    send_one(i, j);
+    return true;
+  }
+  std::vector<std::tuple<std::size_t, std::size_t, int>> ready;
+  for (const auto& [key, stream] : streams_) {
+    if (!stream.frames.empty() && peers_[std::get<1>(key)].alive) ready.push_back(key);
+  }
+  const std::size_t start = ready.empty() ? 0 : random(ready.size());
+  for (std::size_t k = 0; k < ready.size(); ++k) {
+    const auto& key = ready[(start + k) % ready.size()];
+    if (deliver(std::get<0>(key), std::get<1>(key), streams_[key])) return true;
+  }
+  if (!senders.empty()) {
+    const auto [i, j] = senders[random(senders.size())];
+    send_one(i, j);
+    return true;
+  }
+  return !resets_.empty();
+}
+
+void World::begin(Peer& peer, std::uint32_t tag) {
+  Engine& engine = *peer.engine;
+  if (peer.begun.count(tag) != 0 || peer.needs_fetch || !engine.may_begin(tag)) return;
+  const State& state = peer.state[tag];
+  if (state.version + 1 >= static_cast<std::int64_t>(options_.rounds)) return;
+  const auto next = static_cast<std::int64_t>(engine.next(tag));
+  if (state.version + 1 < next) peer.needs_fetch = true;
+  if (state.version + 1 != next) return;
+  BeginArgs args;
+  args.tag = tag;
+  args.spec = spec_of(options_);
+  args.state_digest = state.chain;
+  args.weight = options_.chaos && random(12) == 0 ? 0.0 : 1.0;
+  auto values = std::make_shared<std::vector<float>>(
+      options_.elements, static_cast<float>(std::uint64_t{1} << peer.slot));
+  args.snapshot = {reinterpret_cast<const std::byte*>(values->data()), values};
+  const std::uint64_t seq = engine.begin(std::move(args), now);
+  peer.begun[tag] = seq;
+}
+
+void World::begin_some() {
+  for (Peer& one : peers_) {
+    for (std::uint32_t tag = 0; tag < options_.tags && one.alive; ++tag) {
+      if (!options_.chaos || random(2) == 0) begin(one, tag);
+    }
+  }
+}
+
+// Each contribution is a power of two: the sum names its contributors (promise P4).
+void World::check_sum(const Peer& peer, const RoundResult& result) {
+  for (std::size_t c = 0; c < result.chunks.size(); ++c) {
+    std::vector<float> values(result.chunk_bytes[c] / sizeof(float));
+    if (!values.empty()) std::memcpy(values.data(), result.chunks[c], result.chunk_bytes[c]);
+    const auto expected = static_cast<float>(result.contributors[c]);
+    if ((result.contributors[c] == 0) != values.empty()) {
+      violations_.push_back("an empty chunk with contributors");
+    }
+    for (const float value : values) {
+      if (value == expected) continue;
+      violations_.push_back("peer " + std::to_string(peer.id) + ": a sum is " +
+                            std::to_string(value) + ", not " + std::to_string(expected));
+      return;
+    }
+  }
+}
+
+void World::apply(Peer& peer, std::uint32_t tag, const RoundResult& result) {
+  State& state = peer.state[tag];
+  const auto seq = static_cast<std::int64_t>(result.seq);
+  if (result.outcome != Outcome::stable || seq > state.version + 1) {
+    if (seq > state.version) {
+      peer.needs_fetch = true;
+      declare(peer);
+    }
+    return;
+  }
+  check_sum(peer, result);
+  auto& digests = truth_[{tag, result.seq}];
+  for (const auto& [other, digest] : digests) {
+    if (digest == result.digest) continue;
+    violations_.push_back("round " + std::to_string(tag) + "/" + std::to_string(result.seq) +
+                          ": peers " + std::to_string(peer.id) + " and " + std::to_string(other) +
+                          " returned different bits");
+  }
+  digests[peer.id] = result.digest;
+  if (seq <= state.version) return;  // the fetched state has it
+  const std::uint64_t words[2] = {state.chain, result.digest};
+  state.chain = digest(std::as_bytes(std::span(words)));
+  state.version = seq;
+  peer.engine->set_covered(tag, seq);
+}
+
+void World::take_all() {
+  for (Peer& one : peers_) {
+    if (!one.alive) continue;
+    for (const Event& event : one.engine->take_events()) {
+      if (event.kind == EventKind::diverged && event.peer == one.id) {
+        one.needs_fetch = true;  // our branch is void
+        for (auto& [round, digests] : truth_) digests.erase(one.id);
+      } else if (event.kind == EventKind::diverged || event.kind == EventKind::refused ||
+                 event.kind == EventKind::spec_mismatch) {
+        violations_.push_back("event at peer " + std::to_string(one.id) + ": " + event.detail);
+      }
+    }
+    for (std::uint32_t tag = 0; tag < options_.tags; ++tag) {
+      for (const std::uint64_t seq : one.engine->missed(tag)) {
+        apply(one, tag, one.engine->take_result(tag, seq));
+      }
+      const auto mine = one.begun.find(tag);
+      if (mine == one.begun.end() || !one.engine->ready(tag, mine->second)) continue;
+      const RoundResult result = one.engine->take_result(tag, mine->second);
+      one.begun.erase(mine);
+      apply(one, tag, result);
+    }
+  }
+}
+
+void World::declare(Peer& peer) {
+  std::vector<std::pair<std::uint32_t, std::int64_t>> covered;
+  for (const auto& [tag, state] : peer.state) covered.emplace_back(tag, state.version);
+  peer.engine->declare(covered);
+}
+
+// From an active peer that has all its own state, as if by the shared-state transfer.
+void World::fetch(Peer& peer) {
+  const Peer* best = nullptr;
+  for (const Peer& other : peers_) {
+    const View& view = other.engine->view();
+    if (!other.alive || other.needs_fetch || other.id == peer.id || view.id != view_id_) continue;
+    for (const Member& member : view.members) {
+      if (member.peer == other.id && member.active) best = &other;
+    }
+  }
+  if (best == nullptr) return;
+  peer.state = best->state;
+  peer.needs_fetch = false;
+  declare(peer);
+}
+
+void World::check() {
+  std::map<std::pair<std::uint32_t, std::int64_t>, std::uint64_t> chains;
+  for (const Peer& one : peers_) {
+    if (!one.alive || one.needs_fetch) continue;
+    for (const auto& [tag, state] : one.state) {
+      const auto [at, fresh] = chains.try_emplace({tag, state.version}, state.chain);
+      if (!fresh && at->second != state.chain) {
+        violations_.push_back("two states of tag " + std::to_string(tag) + " at version " +
+                              std::to_string(state.version));
+      }
+    }
+  }
+}
+
+void World::act() {
+  now += kTick;
+  const std::uint64_t dice = random(1000);
+  std::vector<std::size_t> living;
+  for (std::size_t i = 0; i < peers_.size(); ++i) {
+    if (peers_[i].alive) living.push_back(i);
+  }
+  if (dice < 2 && living.size() > 2) {
+    kill(living[random(living.size())]);
+    if (random(3) != 0) change_view(true);
+  } else if (dice < 6) {
+    change_view(true);
+  } else if (dice < 8 && peers_.size() < 8) {
+    join();
+    change_view(true);
+  } else if (dice < 20 && living.size() > 1) {
+    const std::size_t a = living[random(living.size())];
+    const std::size_t b = living[random(living.size())];
+    if (a != b) break_pair(a, b);
+  } else if (dice < 40 && !old_frames_.empty()) {
+    auto [from, to, frame] = old_frames_[random(old_frames_.size())];
+    const int k = static_cast<int>(random(static_cast<std::uint64_t>(options_.streams)));
+    if (peers_[to].alive && peers_[from].alive) streams_[{from, to, k}].frames.push_back(frame);
+  } else if (dice < 100) {
+    begin_some();
+  } else if (dice < 150) {
+    take_all();
+    for (Peer& one : peers_) {
+      if (one.alive && one.needs_fetch && random(4) == 0) fetch(one);
+      if (one.alive) one.engine->tick(now);
+    }
+  } else {
+    move(false);
+  }
+  check();
+}
+
+bool World::run_until_quiet(int bound) {
+  for (int i = 0; i < bound; ++i) {
+    now += kTick;
+    if (move(false)) continue;
+    take_all();
+    for (Peer& one : peers_) {
+      if (one.alive) one.engine->tick(now);
+    }
+    if (!move(false)) return true;
+  }
+  return false;
+}
+
+void World::heal() {
+  options_.chaos = false;
+  old_frames_.clear();
+  for (int i = 0; i < 4; ++i) {
+    change_view(false);
+    run_until_quiet(100000);
+    for (Peer& one : peers_) {
+      if (one.alive && one.needs_fetch) fetch(one);
+    }
+  }
+  for (std::uint64_t i = 0; i < 2 * options_.rounds + 2; ++i) {
+    begin_some();
+    run_until_quiet(100000);
+    take_all();
+    for (Peer& one : peers_) {
+      if (one.alive && one.needs_fetch) fetch(one);
+    }
+    check();
+  }
+}
+
+}  // namespace decotrain::test
