@@ -3,7 +3,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -97,10 +99,8 @@ nb::bytes encode(const Values& values) {
   return nb::bytes(codes.data(), codes.size());
 }
 
-nb::list magnitudes() {
-  nb::list list;
-  for (const float value : spsa::kMagnitude) list.append(static_cast<double>(value));
-  return list;
+std::vector<float> magnitudes() {
+  return {std::begin(spsa::kMagnitude), std::end(spsa::kMagnitude)};
 }
 
 decotrain::Simd level_of(const std::string& name) {
@@ -117,14 +117,21 @@ void bind_spsa(nb::module_& m) {
   m.def(
       "spsa_perturb", &perturb, "theta"_a, "out"_a, "key"_a, "c2"_a, "c3"_a, "epsilon"_a,
       "first"_a = 0, "noise"_a = "rademacher",
+      nb::sig("def spsa_perturb(theta: object, out: object, key: int, c2: int, c3: int, "
+              "epsilon: float, first: int = 0, noise: str = 'rademacher') -> None"),
       "out = cast(theta + epsilon * z). theta is flat float32, out float32, bfloat16 or float16;\n"
       "element 0 of both is element `first` of the parameter space.");
   m.def("spsa_replay", &replay, "theta"_a, "key"_a, "streams"_a, "values"_a, "counts"_a, "rates"_a,
         "decays"_a, "first"_a = 0, "noise"_a = "rademacher",
+        nb::sig("def spsa_replay(theta: object, key: int, streams: object, values: object, "
+                "counts: object, rates: object, decays: object, first: int = 0, "
+                "noise: str = 'rademacher') -> None"),
         "For each step s in order: theta = theta * decays[s] - rates[s] * sum of value * z over\n"
         "its counts[s] terms, in place, one pass over memory.");
-  m.def("spsa_encode", &encode, "values"_a, "The one-byte code of each float32 value.");
-  m.def("spsa_magnitudes", &magnitudes, "The 128 magnitudes of the one-byte code.");
+  m.def("spsa_encode", &encode, "values"_a, nb::sig("def spsa_encode(values: object) -> bytes"),
+        "The one-byte code of each float32 value.");
+  m.def("spsa_magnitudes", &magnitudes, nb::sig("def spsa_magnitudes() -> list[float]"),
+        "The 128 magnitudes of the one-byte code.");
   m.def(
       "simd", [] { return std::string(decotrain::simd_name(decotrain::simd())); },
       "The SIMD level in use: scalar, avx2, avx512 or neon.");

@@ -1,0 +1,305 @@
+"""`SPSA(model, comm, ...)`: fine-tuning with forward passes only and one byte for each sample.
+
+    spsa = SPSA(model, comm, lr=1e-5, samples=4, log="run.seedlog")
+    for batch in loader:
+        spsa.step(lambda: loss(model, batch))
+
+A step measures how the loss changes along a few random directions, sends one byte for each, and
+applies the ordered record of what all peers sent: the same bits everywhere. A peer that is missing
+is a missing entry. With staleness s the record of step t is waited for only after step t + s was
+measured, so that up to s round trips hide behind forward passes; which record is applied when is
+fixed by its number, never by its arrival.
+
+Does not decide membership, and keeps no optimizer state: theta and the number of records applied
+are all there is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decotrain.errors import ConfigError, RoundError
+from decotrain.spsa import code, kernels, replay, seedlog
+from decotrain.spsa.forward import Perturbed
+from decotrain.spsa.pool import Pool
+from decotrain.spsa.recipe import Recipe, Update
+from decotrain.spsa.record import Record, entries_of, payload
+from decotrain.spsa.space import Select, Space
+
+TAG = 3000  # of SPSA's rounds, unless the caller names another
+LossFn = Callable[[], Any]  # returns a scalar tensor or a number
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one `step()` did here. `loss` is the mean over its own samples."""
+
+    step: int  # number of the record this peer contributed to
+    loss: float
+    scalars: tuple[float, ...]  # measured, before they became bytes
+    applied: tuple[int, ...]  # records applied during the call
+    samples: int  # counted in the records applied, all peers
+    peers: int  # in the last record applied
+
+
+class SPSA:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        comm: Any = None,  # decotrain.communicator.Communicator; None: alone
+        *,
+        recipe: Recipe | None = None,
+        select: Select = "all",  # "norms_and_biases", "adapters", a pattern of names, a function
+        log: Path | str | None = None,
+        tag: int = TAG,
+        eval_mode: bool = True,  # measure without dropout and without touching running statistics
+        compute_dtype: torch.dtype | None = None,
+        threads: int = 1,
+        **options: Any,  # fields of Recipe
+    ) -> None:
+        if recipe is not None and options:
+            raise ConfigError("SPSA: give a recipe or its fields, not both")
+        self.recipe = recipe if recipe is not None else Recipe(**options)
+        self.model, self.comm, self.tag, self.eval_mode = model, comm, tag, eval_mode
+        self.space = Space(model, select)
+        self.threads = kernels.Threads(threads)
+        self.perturbed = Perturbed(model, self.space, self.recipe, compute_dtype, self.threads)
+        self.pool = Pool(self.recipe, self.space.masters) if self.recipe.pool else None
+        self._probed = False
+        self._flying: deque[Any] = deque()  # works of records not applied yet, oldest first
+        self._applied = 0  # records whose effect the parameters contain, when alone
+        self._last: list[tuple[int, int, int]] = []  # (step, counted, peers) of records applied
+        self._log_path = None if log is None else Path(log)
+        self._log: seedlog.Writer | None = None
+        self._resume()
+        if comm is not None:
+            comm.register_state(self.tag, self._shared_state(), self._applied)
+
+    def _shared_state(self) -> dict[str, torch.Tensor]:
+        state = self.space.state()
+        return state if self.pool is None else {**state, **self.pool.state()}
+
+    # --- the number of records applied
+
+    @property
+    def version(self) -> int:
+        """Records whose effect the parameters contain."""
+        return self._applied if self.comm is None else int(self.comm.version(self.tag))
+
+    def digest(self) -> str:
+        """SHA-256 of the float32 parameters: equal on all peers of equal version."""
+        return self.space.digest()
+
+    # --- a step
+
+    def step(self, loss_fn: LossFn) -> Step:
+        """Measure, send, and apply what is due. `loss_fn` runs the model's forward and returns
+        the loss; it is called 2 * samples times (samples + 1 when one-sided) on one batch."""
+        self._last.clear()
+        self._catch_up(wait=False)
+        step = self.version + len(self._flying)
+        loss, scalars = self.measure(step, loss_fn)
+        data = payload(step, code.encode(scalars))
+        self._flying.append(self._collect(step, data))
+        while len(self._flying) > self.recipe.staleness:
+            self._land()
+        return Step(
+            step,
+            loss,
+            tuple(scalars),
+            tuple(number for number, _, _ in self._last),
+            sum(counted for _, counted, _ in self._last),
+            self._last[-1][2] if self._last else 0,
+        )
+
+    def finish(self) -> None:
+        """Apply the records still in flight and close the log. The last call of a run."""
+        self._last.clear()
+        while self._flying:
+            self._land()
+        if self._log is not None:
+            self._log.close()
+
+    def _collect(self, step: int, data: bytes) -> Any:
+        if self.comm is None:
+            return _Alone(step, {0: data})
+        return self.comm.collect(data, tag=self.tag, max_bytes=2 + code.SAMPLES_MAX)
+
+    def _land(self) -> None:
+        result = self._flying.popleft().wait()
+        if result.outcome == "stable" and result.seq == self.version:
+            self._apply(result)
+        elif result.seq >= self.version:  # rounds went by without us
+            self._flying.clear()
+            self._catch_up(wait=True)
+
+    def _catch_up(self, wait: bool) -> None:
+        if self.comm is None:
+            return
+        before = self.version
+        if not self._flying:
+            after = self.comm.catch_up(self.tag, self._apply, wait=wait)
+            if after != before + len(self._last):
+                self._fetched()
+
+    def _fetched(self) -> None:
+        """The parameters came from the others: a log that was begun cannot go on."""
+        self.space.publish()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    # --- measuring
+
+    def measure(self, step: int, loss_fn: LossFn) -> tuple[float, list[float]]:
+        """This peer's scalars for a step, and the mean loss; changes nothing."""
+        recipe = self.recipe
+        slot = 0 if self.comm is None else int(self.comm.slot)
+        losses: list[Any] = []
+        with self._measuring() as rewind:
+            if not self._probed:
+                self.perturbed.probe(loss_fn)
+                self._probed = True
+            if recipe.one_sided:
+                rewind()
+                losses.append(self._plain(loss_fn))
+            for sample in range(recipe.samples):
+                words = code.stream(step, slot, sample)
+                if recipe.pool:
+                    words = code.pool_stream(recipe.key, recipe.pool, words)
+                signs = (1.0,) if recipe.one_sided else (1.0, -1.0)
+                for sign in signs:
+                    rewind()
+                    with self.perturbed.at(words, sign * recipe.epsilon):
+                        losses.append(_scalar(loss_fn()))
+        values = _to_floats(losses)
+        if recipe.one_sided:
+            scalars = [(value - values[0]) / recipe.epsilon for value in values[1:]]
+        else:
+            pairs = zip(values[0::2], values[1::2], strict=True)
+            scalars = [(plus - minus) / (2 * recipe.epsilon) for plus, minus in pairs]
+        return sum(values) / len(values), scalars
+
+    def _plain(self, loss_fn: LossFn) -> Any:
+        with torch.no_grad():
+            return _scalar(loss_fn())
+
+    @contextmanager
+    def _measuring(self) -> Iterator[Callable[[], None]]:
+        """Evaluation mode; or else the same dropout for all evaluations, and buffers kept."""
+        if self.eval_mode:
+            training = [module for module in self.model.modules() if module.training]
+            self.model.eval()
+            try:
+                yield lambda: None
+            finally:
+                for module in training:
+                    module.training = True
+            return
+        devices = sorted({m.device.index or 0 for m in self.space.masters if m.is_cuda})
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        random = torch.get_rng_state()
+        cuda = [torch.cuda.get_rng_state(device) for device in devices]
+
+        def rewind() -> None:
+            torch.set_rng_state(random)
+            for device, state in zip(devices, cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+        try:
+            yield rewind
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+    # --- applying
+
+    def _apply(self, result: Any) -> None:
+        """The effect of one record: the same bits on every peer."""
+        record = Record(result.seq, entries_of(result.seq, result.parts))
+        if record.step != self.version:
+            raise RoundError(f"record {record.step} does not follow version {self.version}")
+        update = self.recipe.update(record.step, record.entries)
+        log = self._writer()
+        with self._updating():
+            self.apply([update], record.step)
+        self.space.publish()
+        if log is not None:
+            log.append(record)
+        self._last.append((record.step, update.counted, len(record.entries)))
+
+    def apply(self, updates: Sequence[Update], first_step: int) -> None:
+        """Apply updates in order, without exchange. A replay does it for many at once."""
+        replay.run(self.space, self.recipe, updates, first_step, self.pool, self.threads)
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        if self.comm is None:
+            yield
+            self._applied += 1
+        else:
+            with self.comm.updating(self.tag):
+                yield
+
+    # --- the log
+
+    def _writer(self) -> seedlog.Writer | None:
+        """Opened before the first record is applied: its base is what the parameters are now."""
+        if self._log is None and self._log_path is not None:
+            if self.pool is not None and self.version:
+                return None  # the sums over the pool's seeds began before this log would
+            path = self._log_path
+            if path.exists():  # the run goes on from a state that was fetched
+                path = path.with_name(f"{path.stem}.{self.version}{path.suffix}")
+            header = seedlog.Header(self.recipe, self.space.layout, self.digest(), self.version)
+            self._log = seedlog.Writer(path, header)
+        return self._log
+
+    def _resume(self) -> None:
+        """A log of this base is there already: replay it, and go on where it ends."""
+        if self._log_path is None or not self._log_path.exists():
+            return
+        log = seedlog.read(self._log_path)
+        header = seedlog.Header(
+            self.recipe, self.space.layout, self.digest(), log.header.first_step
+        )
+        self._log = seedlog.Writer(self._log_path, header)
+        updates = [self.recipe.update(record.step, record.entries) for record in log]
+        self.apply(updates, log.header.first_step)
+        self.space.publish()
+        self._applied = log.next_step
+
+
+@dataclass
+class _Alone:
+    """The round of a run with one peer."""
+
+    seq: int
+    parts: dict[int, bytes]
+    outcome: str = "stable"
+
+    def wait(self) -> _Alone:
+        return self
+
+
+def _scalar(loss: Any) -> Any:
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise ConfigError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}")
+        return loss.detach().reshape(())
+    return loss
+
+
+def _to_floats(losses: list[Any]) -> list[float]:
+    """Floats with one synchronisation with the device, not one for each evaluation."""
+    if all(isinstance(loss, torch.Tensor) for loss in losses):
+        return [float(value) for value in torch.stack(losses).double().cpu().tolist()]
+    return [float(loss) for loss in losses]
