@@ -110,6 +110,18 @@ def test_without_a_terminal_events_become_lines() -> None:
     assert "step 0/100" in text
 
 
+def test_on_a_terminal_the_table_is_drawn_in_place() -> None:
+    out = io.StringIO()
+    board = make_board()
+    with View(board, Console(file=out, force_terminal=True, width=100)) as view:
+        board.lost("peer-2", "killed by SIGKILL")
+        view.refresh()
+    text = out.getvalue()
+    assert "\x1b[" in text, "nothing was drawn in place"
+    assert "peer-2 lost (killed by SIGKILL), 2 remain" in text
+    assert "tokens/s" in text
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB")]
 )
