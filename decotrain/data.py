@@ -34,6 +34,7 @@ HELD_OUT_ONE_IN = 20  # files of a large set, or blocks of a small one
 FILES_FOR_WHOLE = 40  # from so many files on whole files are held out, below blocks of each file
 BLOCK_BYTES = 16 << 10
 COPY_BYTES = 1 << 20
+PROBE_BYTES = 1 << 10
 LANES = 64  # slots of a run (kMaxPeers): each has its own samples in each round
 FEISTEL_ROUNDS = 6
 
@@ -88,7 +89,7 @@ def find_files(path: str | None) -> list[tuple[str, Path]]:
         pattern = "*" if path else "*.py"
         found = (p for p in root.rglob(pattern) if p.is_file())
         named = [(p.relative_to(root).as_posix(), p) for p in found]
-        named = [item for item in named if not _ignored(item[0])]
+        named = [item for item in named if not _ignored(item[0]) and _is_text(item[1])]
     else:
         matches = [Path(p) for p in glob.glob(os.path.expanduser(asked), recursive=True)]
         named = [(p.as_posix(), p) for p in matches if p.is_file()]
@@ -101,6 +102,12 @@ def _ignored(name: str) -> bool:
     parts = name.split("/")
     foreign = {"site-packages", "dist-packages", "__pycache__"}
     return any(part in foreign or part.startswith(".") for part in parts)
+
+
+def _is_text(path: Path) -> bool:
+    """Of the files of a folder, those without a zero byte at the start."""
+    with path.open("rb") as file:
+        return b"\0" not in file.read(PROBE_BYTES)
 
 
 def _held_out(name: str, block: int) -> bool:

@@ -33,7 +33,7 @@ def write_folder(folder: Path, files: int, size: int = 1000) -> None:
     for number in range(files):
         place = folder / f"part{number % 3}" / f"{number}.txt"
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(bytes([number % 251]) * size)
+        place.write_bytes(bytes([1 + number % 251]) * size)
 
 
 def test_every_byte_is_trained_on_or_held_out(tmp_path: Path) -> None:
@@ -75,6 +75,14 @@ def test_a_glob_takes_what_matches(tmp_path: Path) -> None:
     found = find_files(str(tmp_path / "**" / "*.txt"))
     assert len(found) == 9
     assert find_files(str(tmp_path / "part1"))[0][0].endswith(".txt")
+
+
+def test_pictures_in_a_folder_are_no_text(tmp_path: Path) -> None:
+    write_folder(tmp_path / "text", 3)
+    (tmp_path / "text" / "picture").write_bytes(b"\x89PNG\0\0" * 100)
+    (tmp_path / "text" / ".hidden").write_bytes(b"words")
+    names = [name for name, _ in find_files(str(tmp_path / "text"))]
+    assert names == ["part0/0.txt", "part1/1.txt", "part2/2.txt"]
 
 
 def test_the_default_text_is_the_standard_library() -> None:

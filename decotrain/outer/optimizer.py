@@ -174,7 +174,8 @@ class OuterOptimizer:
             return
         fragment.write(fragment.theta - drift)
         self._late.add(fragment.tag)
-        self.global_step = max(self.global_step, self._step_of_state())
+        step = self._step_of_state()  # lower when the run began again from an older state
+        self.global_step = step if after < before else max(self.global_step, step)
 
     def _applier(self, fragment: Fragment) -> Any:
         return lambda result: self._take(fragment, result)

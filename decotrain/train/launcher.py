@@ -62,7 +62,8 @@ class Launcher:
         self.log = RunLog(self.folder)
         rows = {name: PeerRow(name) for name in self.names}
         self.board = self._board(corpus, rows)
-        handler = signal.signal(signal.SIGTERM, _interrupt)
+        # SIGINT too: a shell that starts us in the background has it ignored.
+        handlers = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
         started_s = time.monotonic()
         try:
             resume = self._newest_checkpoint() if self.settings.resume == "auto" else None
@@ -82,7 +83,8 @@ class Launcher:
         finally:
             self._stop_all()
             self.log.close()
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return 0
 
     def _prepare(self) -> Corpus:
