@@ -16,87 +16,107 @@ contains; round `seq` takes it from version seq to seq + 1.
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
+from decotrain import tensors as tn
+from decotrain._core import Node
+from decotrain.control import member as mb
+from decotrain.control.agent import Agent
+from decotrain.errors import (
+    LeftError,
+    NotFiniteError,
+    RefusedError,
+    RoundError,
+    StateError,
+    UnreachableError,
+)
+from decotrain.joining import Asked, ask
+from decotrain.rounds import SLICE_S, MemberInfo, Result, Work
+from decotrain.shared import SharedState
+
 Tensors = Any  # a torch CPU tensor or numpy array, or a sequence of them (one round)
-
-
-@dataclass(frozen=True)
-class MemberInfo:
-    """A peer of the view, as every peer sees it."""
-
-    peer: int  # 64-bit id of this incarnation
-    slot: int
-    active: bool  # else observing: receives, contributes and owns nothing
-
-
-@dataclass
-class Result:
-    """What a round gave: the same bits on every peer that has it."""
-
-    tag: int
-    seq: int
-    outcome: str  # "stable"; "lost": completed without us and its bytes are gone: catch_up fetches
-    contributors: tuple[int, ...]  # peer ids that are in at least one chunk, by slot
-    partial: bool  # some chunk lacks a contributor that another chunk has, or nobody contributed
-    digest: int  # of all result bytes and contributor sets
-    tensors: list[Any] = field(default_factory=list)  # like the input; empty for collect
-    parts: dict[int, bytes] = field(default_factory=dict)  # collect: slot -> its bytes
-    begun: bool = True  # false: it came to us as an observer, or was missed
-
-    @property
-    def tensor(self) -> Any:
-        """The one tensor of a round begun with one tensor."""
-        assert len(self.tensors) == 1, f"this round has {len(self.tensors)} tensors"
-        return self.tensors[0]
-
-
-class Work:
-    """A round that was begun. The caller's tensors change only inside `wait()`."""
-
-    tag: int
-    seq: int
-
-    def done(self) -> bool:
-        """True when `wait()` would return at once."""
-        raise NotImplementedError
-
-    def wait(self, timeout_s: float | None = None) -> Result:
-        """The result. Raises WaitTimeoutError (the round goes on), RoundError or LeftError."""
-        raise NotImplementedError
 
 
 class Communicator:
     """One peer's part in a run. Calls of one tag belong to one thread; `leave()` ends it."""
 
-    peer: int  # id of this incarnation
-    name: str
-    config: dict[str, Any]  # the run's configuration, as the coordinator handed it out
+    def __init__(self, asked: Asked, node_options: Mapping[str, Any]) -> None:
+        self.name = asked.who.name
+        self._asked, self._node_options = asked, dict(node_options)
+        self._templates: dict[int, list[Any]] = {}  # what results of a tag look like
+        self._last_seq: dict[int, int] = {}
+        self._ready = False
+        self._left = False
+        self._counters = {"rounds": 0, "lost_rounds": 0}
+        self._shared = SharedState(self, asked.host, asked.fingerprint)
+        self._agent = Agent(
+            asked.address,
+            asked.who,
+            self._make_node,
+            lambda: [(tag, -1) for tag in self._shared.fragments],
+            on_install=self._shared.installed,
+            state=[self._shared.server.address],
+        )
+
+    def _make_node(self, peer: int) -> Any:
+        """For each incarnation; on the control thread, but for the first."""
+        if self._ready:
+            self._shared.make_void()
+        self._shared.incarnated(peer)
+        asked = self._asked
+        return Node(peer, asked.listen, asked.fingerprint, **self._node_options)
 
     # --- who is here
 
     @property
+    def peer(self) -> int:
+        """Id of this incarnation: 64 random bits."""
+        return int(self._agent.shared.peer)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration, as the coordinator handed it out."""
+        return self._agent.shared.config or {}
+
+    @property
     def members(self) -> tuple[MemberInfo, ...]:
         """The installed view, by slot."""
-        raise NotImplementedError
+        rows = self._in_view()
+        return tuple(MemberInfo(peer, slot, active) for peer, slot, active, _ in rows)
 
     @property
     def view(self) -> tuple[int, int]:
         """(term, epoch) of the installed view; it only moves forward."""
-        raise NotImplementedError
+        self._in_view()
+        view = self._agent.shared.view
+        return view >> 32, view & 0xFFFFFFFF
 
     @property
     def slot(self) -> int:
         """Our rank order in sums (0..63), constant while we are in the run."""
-        raise NotImplementedError
+        return next(int(row[1]) for row in self._in_view() if row[0] == self.peer)
 
     @property
     def active(self) -> bool:
         """False while observing: our rounds yield the others' results and contribute nothing."""
-        raise NotImplementedError
+        return any(row[0] == self.peer and row[2] for row in self._in_view())
+
+    def _in_view(self) -> list[list[Any]]:
+        """The rows of the view; waits for the first one."""
+        self._be_ready()
+        shared = self._agent.shared
+        with shared.changed:
+            while True:
+                self._check_over()
+                rows = shared.members
+                if any(row[0] == shared.peer for row in rows):
+                    return rows
+                shared.changed.wait(SLICE_S)
 
     # --- rounds
 
@@ -124,19 +144,149 @@ class Communicator:
         (unless borrowed). NaN or Inf raises NotFiniteError naming the tensor; the round is then
         skipped (weight 0) so that nobody waits for us.
         """
-        raise NotImplementedError
+        given = tn.listed(tensors)
+        places = tn.listed(out) if out is not None else given
+        tn.check_round(tag, weight, given, places)
+        buffers = [tn.readable(tensor, f"tensor {n}") for n, tensor in enumerate(given)]
+        for n, tensor in enumerate(places):
+            tn.writable(tensor, f"tensor {n} of the result")
+        options: dict[str, Any] = {
+            "tag": tag,
+            "op": op,
+            "codec": codec,
+            "result_codec": result_codec,
+            "state_digest": state_digest,
+            "rule": rule,
+            "rule_parameter": rule_parameter,
+            "chunk_elements": chunk_elements,
+        }
+        feedback = None
+        if residual is not None:
+            feedback = [
+                tn.in_place(tensor, f"tensor {n} of residual")
+                for n, tensor in enumerate(tn.listed(residual))
+            ]
+        self._templates[tag] = [tn.empty_like(tensor) for tensor in places]
+
+        def begin(node: Any) -> Any:
+            try:
+                return node.begin(
+                    buffers, weight=weight, borrow=borrow, residual=feedback, **options
+                )
+            except ValueError as error:
+                if "contains NaN" not in str(error):
+                    raise
+                self._shared.skipped.setdefault(tag, []).append(
+                    node.begin(buffers, weight=0.0, **options)
+                )
+                raise NotFiniteError(
+                    f"round of tag {tag}: {str(error).replace('buffer', 'tensor')}; our"
+                    " contribution is skipped, the others go on without it"
+                ) from None
+
+        return self._begin(tag, begin, places)
 
     def collect(self, data: bytes | None, *, tag: int = 0, max_bytes: int = 1 << 16) -> Work:
         """Every peer's bytes, by slot (`Result.parts`). None contributes nothing."""
-        raise NotImplementedError
+        if data is not None and len(data) > max_bytes:
+            raise RoundError(f"{len(data)} bytes to collect, the bound is max_bytes={max_bytes}")
+        return self._begin(tag, lambda node: node.collect(data, tag=tag, max_bytes=max_bytes), None)
 
     def broadcast(self, tensors: Tensors, *, root: int | None = None, tag: int = 0) -> Work:
         """Every peer gets the bits of peer id `root` (None: of the lowest slot that is active)."""
-        raise NotImplementedError
+
+        def begin() -> Work:
+            active = [one.peer for one in self.members if one.active]
+            chosen = root if root is not None else active[0] if active else 0
+            return self.all_reduce(tensors, tag=tag, weight=1.0 if chosen == self.peer else 0.0)
+
+        work = begin()
+        work._again = begin
+        return work
 
     def pending(self, tag: int) -> bool:
         """True when others have begun the next round of the tag and we have not."""
-        raise NotImplementedError
+        shared = self._agent.shared
+        following = self._next_seq(tag)
+        with shared.changed:
+            return any(other == tag and seq >= following for other, seq in shared.open)
+
+    def _next_seq(self, tag: int) -> int:
+        held = self._shared.versions.version.get(tag, 0)
+        return int(max(held, self._last_seq.get(tag, -1) + 1))
+
+    def _begin(self, tag: int, begin: Callable[[Any], Any], out: list[Any] | None) -> Work:
+        self._be_ready()
+        self._check_over()
+        shared = self._agent.shared
+        incarnation, node = shared.incarnation, shared.node
+        if tag in self._shared.fragments:
+            if self._shared.behind(tag):
+                return Work(self, tag, None, incarnation, out)
+        elif self._shared.missed.get(tag):  # rounds that went on without us, one for each call
+            work = Work(self, tag, None, incarnation, out)
+            work._result = self._result(self._shared.missed[tag].popleft(), out)
+            return work
+        try:
+            work = begin(node)
+        except (TypeError, ValueError) as error:
+            raise RoundError(f"round of tag {tag}: {error}") from None
+        except RuntimeError as error:
+            self._check_over()
+            if incarnation != shared.incarnation:
+                return Work(self, tag, None, incarnation, out)
+            raise RoundError(f"round of tag {tag}: {error}") from None
+        return Work(self, tag, work, incarnation, out)
+
+    def _lost(self, tag: int) -> Result:
+        self._counters["lost_rounds"] += 1
+        return Result(tag, self._next_seq(tag), "lost", (), True, 0)
+
+    def _result(self, held: Any, out: list[Any] | None) -> Result:
+        """What the core holds, in the caller's tensors."""
+        if held.outcome != "stable":
+            return self._lost(held.tag)
+        result = Result(
+            tag=held.tag,
+            seq=held.seq,
+            outcome="stable",
+            contributors=tuple(held.contributors),
+            partial=held.partial,
+            digest=held.digest,
+            begun=held.begun,
+        )
+        if held.elements == 0:
+            result.parts = dict(held.parts())
+        else:
+            places = self._places(held) if out is None else out
+            if result.contributors:
+                self._decode(held, places)
+            result.tensors = places
+        self._last_seq[held.tag] = max(self._last_seq.get(held.tag, -1), held.seq)
+        self._counters["rounds"] += 1
+        shared = self._agent.shared
+        with shared.changed:
+            shared.open = {key for key in shared.open if key[0] != held.tag or key[1] > held.seq}
+        return result
+
+    def _places(self, held: Any) -> list[Any]:
+        """Tensors for a result nobody asked for: like those of the tag's last round, or flat."""
+        template = self._templates.get(held.tag)
+        if template is None or sum(map(tn.elements, template)) != held.elements:
+            import numpy as np
+
+            return [np.zeros(held.elements, dtype=np.float32)]
+        return [tn.empty_like(tensor) for tensor in template]
+
+    def _decode(self, held: Any, places: list[Any]) -> None:
+        pairs = [tn.writable(place, f"tensor {n}") for n, place in enumerate(places)]
+        try:
+            held.decode_into([buffer for buffer, _ in pairs])
+        except (TypeError, ValueError) as error:
+            raise RoundError(f"round {held.seq} of tag {held.tag}: {error}") from None
+        for _, bring in pairs:
+            if bring is not None:
+                bring()
 
     # --- shared state
 
@@ -146,17 +296,23 @@ class Communicator:
         They are served to newcomers from where they lie, so write to them only inside
         `updating(tag)`. Register every tag before the first round of any.
         """
-        raise NotImplementedError
+        if self._ready:
+            raise StateError(
+                f"tag {tag} is registered after the first round: the run has been told what state"
+                " this peer holds; register every tag before the first round or catch_up"
+            )
+        self._shared.register(tag, tensors, version)
 
     @contextmanager
     def updating(self, tag: int, version: int | None = None) -> Iterator[None]:
-        """Write to the tag's tensors inside; on exit the version is `version`, or one more."""
-        raise NotImplementedError
-        yield
+        """Write to the tag's tensors inside; on exit the version is `version`, or the one after
+        the last round that was handed out."""
+        with self._shared.updating(tag, version, self._last_seq.get(tag, -1)):
+            yield
 
     def version(self, tag: int) -> int:
         """Rounds of the tag whose effect the registered tensors contain."""
-        raise NotImplementedError
+        return self._shared.fragment(tag).version
 
     def catch_up(
         self,
@@ -174,36 +330,127 @@ class Communicator:
         begin of the tag. Without `wait` it does what it can now; with it, it returns when the tag
         is current. When every registered tag is current an observing peer asks to be active.
         """
-        raise NotImplementedError
+        self._be_ready()
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        return self._shared.catch_up(tag, apply, wait, deadline_s)
 
     @property
     def fresh(self) -> bool:
         """True when our registered state is what the run starts from: nothing to fetch."""
-        raise NotImplementedError
+        self._in_view()
+        return not any(self._shared.versions.void.values())
 
     # --- the rest
 
     def set_figures(self, figures: Mapping[str, float | int | str]) -> None:
         """Small figures for status (step, loss, tokens_per_s, ...), sent with heartbeats."""
-        raise NotImplementedError
+        clean = {
+            str(key)[:32]: value[:128] if isinstance(value, str) else value
+            for key, value in list(figures.items())[:32]
+            if isinstance(value, str) or math.isfinite(value)
+        }
+
+        def keep() -> None:
+            self._agent.member.figures = clean
+
+        self._agent.post(keep)
 
     def figures(self) -> dict[str, float | int]:
-        """Our own counters: bytes in and out, rounds, view changes, links."""
-        raise NotImplementedError
+        """Our own counters: bytes in and out, rounds, view, links."""
+        figures: dict[str, float | int] = dict(self._counters)
+        figures["fetches"] = self._shared.fetches
+        figures["fetched_bytes"] = self._shared.fetched_bytes
+        try:
+            links = self._agent.shared.node.links()
+        except RuntimeError:
+            links = []
+        figures["bytes_out"] = sum(link["sent_bytes"] for link in links)
+        figures["bytes_in"] = sum(link["received_bytes"] for link in links)
+        figures["links_up"] = sum(bool(link["up"]) for link in links)
+        figures["state_bytes_out"] = self._shared.server.sent_bytes
+        figures["epoch"] = self._agent.shared.view & 0xFFFFFFFF
+        return figures
 
     def leave(self, timeout_s: float = 10.0) -> None:
         """Leave cleanly: rounds we contributed to count, nobody waits for a timeout."""
-        raise NotImplementedError
+        if self._left:
+            return
+        shared = self._agent.shared
+        deadline_s = time.monotonic() + timeout_s
+        self._agent.post(mb.AskLeave())
+        with shared.changed:
+            while shared.over is None and time.monotonic() < deadline_s:
+                shared.changed.wait(SLICE_S)
+        self.close()
 
     def close(self) -> None:
         """Stop without leaving; the others find out by themselves."""
-        raise NotImplementedError
+        if self._left:
+            return
+        self._left = True
+        self._agent.stop()
+        self._shared.server.close()
+        if self._asked.server is not None:
+            self._asked.server.stop()
 
     def __enter__(self) -> Communicator:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.leave() if exc[0] is None else self.close()
+
+    # --- between threads
+
+    def _be_ready(self) -> None:
+        """From now on we may be in a view: what state we hold is declared."""
+        if self._left:
+            raise LeftError("this communicator has left the run")
+        if self._ready:
+            return
+        self._ready = True
+        declared = self._shared.versions.declared()
+
+        def ready() -> None:
+            self._agent.node.declare(declared)
+
+        self._agent.post(ready)
+        self._agent.post(mb.Ready())
+
+    def _on_control(self, action: Callable[[], Any]) -> Any:
+        """Runs on the control thread, between its messages, and waits for it."""
+        done = threading.Event()
+        result: list[Any] = [None]
+
+        def run() -> None:
+            try:
+                result[0] = action()
+            finally:
+                done.set()
+
+        self._agent.post(run)
+        while not done.wait(SLICE_S):
+            self._check_over()
+        return result[0]
+
+    def _check_over(self) -> None:
+        shared = self._agent.shared
+        if self._left:
+            raise LeftError("this communicator has left the run")
+        if shared.over is None:
+            return
+        if shared.over_kind == "refused":
+            raise RefusedError(f"the coordinator refuses this peer: {shared.over}")
+        raise LeftError(f"this peer is out of the run: {shared.over}")
+
+    def _why(self) -> str:
+        shared = self._agent.shared
+        if shared.view == 0:
+            return f"no view yet ({shared.waiting})"
+        active = sum(bool(row[2]) for row in shared.members)
+        role = (
+            "active" if any(r[0] == shared.peer and r[2] for r in shared.members) else "observing"
+        )
+        return f"this peer is {role}, {active} of {len(shared.members)} peers are active"
 
 
 def join(
@@ -219,5 +466,35 @@ def join(
     grace_s: float = 0.0,
     quorum: float = 1.0,
 ) -> Communicator:
-    """Join a run; returns when this peer is in a view (active, or observing in a live run)."""
-    raise NotImplementedError
+    """Join a run; returns when the coordinator has welcomed this peer and `config` is known.
+
+    The peer enters a view (active, or observing in a live run) when it is ready: at its first
+    round, `catch_up` or look at `members`. Until then nobody waits for it, so register state and
+    build models in between.
+    """
+    asked = ask(address, name, run, token_file, config, min_peers, listen)
+    options = {"grace_s": grace_s, "quorum": quorum}
+    comm = Communicator(asked, options)
+    try:
+        _wait_for_welcome(comm, asked.address, timeout_s)
+    except BaseException:
+        comm.close()
+        raise
+    return comm
+
+
+def _wait_for_welcome(comm: Communicator, address: str, timeout_s: float | None) -> None:
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    shared = comm._agent.shared
+    with shared.changed:
+        while not shared.welcome:
+            comm._check_over()
+            if time.monotonic() >= deadline_s:
+                raise UnreachableError(
+                    f"no coordinator answers at {address} within {timeout_s:g} s: check the"
+                    " address, that it runs, and that the port is open"
+                )
+            shared.changed.wait(SLICE_S)
+
+
+__all__ = ["Communicator", "MemberInfo", "Result", "Work", "join"]

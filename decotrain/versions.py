@@ -34,6 +34,14 @@ class Versions:
         ]
         return f"<{', '.join(tags)}>"
 
+    def add(self, tag: int, version: int) -> None:
+        self.version[tag], self.void[tag] = version, False
+
+    def updated(self, tag: int, version: int) -> None:
+        """The application has brought the state to this version by itself."""
+        self.version[tag] = version
+        self.stable[tag] = max(self.stable.get(tag, -1), version - 1)
+
     def declared(self) -> list[tuple[int, int]]:
         """For Engine.declare: the last round each tag's state contains; -1 when void."""
         return [
@@ -76,10 +84,11 @@ class Versions:
         self.version[tag] = seq + 1
         self.stable[tag] = max(self.stable.get(tag, -1), seq)
 
-    def fetched(self, tag: int, version: int, view: int, frozen: bool) -> bool:
-        """May state served in `view` be taken? Not from another view, and not after we reported:
-        a plan made without it could run the last of its rounds again."""
-        if frozen or view != self.view:
+    def fetched(self, tag: int, version: int, view: int, member: bool, frozen: bool) -> bool:
+        """May state served in `view` be taken? Not after we reported: a plan made without it could
+        run the last of its rounds again. Not from who is not a member any more: its branch may be
+        void. A member's rounds are in every plan since `view`, because its reports were."""
+        if frozen or view > self.view or not member:
             return False
         self.version[tag] = version
         self.void[tag] = False

@@ -29,6 +29,7 @@ from decotrain.control.transport import connect_dealer
 from decotrain.errors import MessageError
 
 TICK_S = 0.05
+DOUBTS = ("diverged", "late_done", "refused", "spec_mismatch")
 AGAIN_S = 0.2  # before an evicted peer comes back
 
 logger = logging.getLogger("decotrain.peer")
@@ -43,6 +44,7 @@ class DataPlane(Protocol):
     def freeze(self, term: int, number: int) -> dict[str, Any]: ...
     def install(self, install: dict[str, Any]) -> bool: ...
     def declare(self, covered: list[tuple[int, int]]) -> None: ...
+    def set_covered(self, tag: int, seq: int) -> None: ...
     def set_peers(self, peers: list[tuple[int, int, list[str]]]) -> None: ...
     def set_route(self, peer: int, via: int) -> None: ...
     def events(self) -> list[dict[str, Any]]: ...
@@ -64,7 +66,6 @@ class Shared:
     generation: int = 0
     members: list[list[Any]] = field(default_factory=list)
     contacts: list[dict[str, Any]] = field(default_factory=list)
-    void: bool = False  # what we hold is not the run's state: fetch
     over: str | None = None  # why there is no way back
     over_kind: str = ""  # refused, evicted, left, broken
     open: set[tuple[int, int]] = field(default_factory=set)  # rounds others began and we did not
@@ -78,10 +79,15 @@ class Agent:
         who: mb.Identity,
         make_node: Callable[[int], DataPlane],
         declared: Callable[[], list[tuple[int, int]]],  # tags with state, nothing held
+        # (view, tags of the plan, void) after an install; False: what we hold is void
+        on_install: Callable[[int, list[dict[str, int]], bool], bool] = lambda *_: True,
+        state: list[str] | None = None,  # where shared state is served
     ) -> None:
         self.address = address
         self.make_node = make_node
         self.declared = declared
+        self.on_install = on_install
+        self.state = state or []
         self.shared = Shared()
         self.rng = random.Random(new_peer_id())  # noqa: S311 (jitter, not a key)
         self.context: zmq.Context[Any] = zmq.Context()
@@ -115,7 +121,8 @@ class Agent:
 
     def _incarnate(self, who: mb.Identity) -> None:
         node = self.make_node(who.peer)
-        who = replace(who, addresses=list(node.addresses)[: m.ADDRESSES_MAX])
+        addresses = list(node.addresses)[: m.ADDRESSES_MAX]
+        who = replace(who, addresses=addresses, state=self.state)
         self.node = node
         self.socket = connect_dealer(self.context, self.address, identity(who.peer))
         self.member = mb.Member(who, self.rng)
@@ -217,14 +224,22 @@ class Agent:
             )
             with self.shared.changed:
                 self.shared.contacts = effect.contacts
-                self.shared.void = self.shared.void or effect.void
+        ours = not done or self.on_install(view["id"], effect.install["tags"], effect.void)
         self._step(mb.Installed(view["id"], done))
+        if not ours:
+            self._void("it holds a round that the view does not know")
+
+    def _void(self, why: str) -> None:
+        """Our branch is not the run's: we come back as a newcomer (V11)."""
+        self._step(mb.Doubt("void", self.member.me.peer, 0, 0, (), why))
 
     def _node_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind in ("link_up", "link_down"):
             self._step(mb.Link(event["peer"], kind == "link_up"))
-        elif kind in ("diverged", "late_done", "refused", "spec_mismatch") and event["tag"] >= 0:
+        elif kind == "diverged" and event["peer"] == self.member.me.peer:
+            self._void(event["detail"])
+        elif kind in DOUBTS:
             doubt = mb.Doubt(
                 kind=kind,
                 who=event["peer"],
@@ -272,7 +287,6 @@ class Agent:
         old = self.node
         self.socket.close()
         with self.shared.changed:
-            self.shared.void = True
             self.shared.incarnation += 1  # before works fail: whoever waits sees why
         old.close()
         self._incarnate(replace(self.member.me, peer=new_peer_id()))
@@ -281,6 +295,7 @@ class Agent:
         with self.shared.changed:
             self.shared.over, self.shared.over_kind = reason, kind
             self.shared.changed.notify_all()
+        self.stopping = True  # the node closes, and with it all rounds that somebody waits for
 
 
 def new_peer_id() -> int:

@@ -360,27 +360,28 @@ class SimPeer:
             and other.alive and not other.stopped and not other.over
             and world.links.usable(self.id, peer)
             and tag in other.versions.version and not other.versions.void[tag]
-            and other.member.view == self.member.view
+            and other.member.view
         ]  # fmt: skip
         if not able:
             return
         server = world.peers[world.draw.choice(able)]
-        got = (server.versions.version[tag], server.state[tag], server.member.view)
+        got = (server.versions.version[tag], server.state[tag], server.member.view, server.id)
         delay_s = world.options.fetch_s * (0.5 + world.draw.random())
         self.fetching[tag] = world.now + delay_s
         world.after(delay_s, lambda: self.fetched(tag, *got))
 
-    def fetched(self, tag: int, version: int, state: str, view: int) -> None:
+    def fetched(self, tag: int, version: int, state: str, view: int, server: int) -> None:
         if not self.alive or self.over:
             return
         if self.stopped:
-            self.later.append(lambda: self.fetched(tag, version, state, view))
+            self.later.append(lambda: self.fetched(tag, version, state, view, server))
             return
         behind = self.versions.void[tag] or version > self.versions.version[tag]
         if not behind or tag in self.flights:
             return
         frozen = self.world.plants.fetch_frozen(self.engine.frozen)
-        if self.versions.fetched(tag, version, view, frozen):
+        member = server in self.contacts
+        if self.versions.fetched(tag, version, view, member, frozen):
             self.state[tag] = state
             self.engine.set_covered(tag, version - 1)
             self.world.note("fetched", self.id, tag, version)

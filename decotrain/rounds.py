@@ -1,0 +1,113 @@
+"""A round in a user's hands: what it gave, and the handle to wait for it.
+
+`Work.wait()` is the only place where a caller's tensors change. Rounds are begun by Communicator.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from decotrain.errors import RoundError, WaitTimeoutError
+
+if TYPE_CHECKING:
+    from decotrain.communicator import Communicator
+
+SLICE_S = 0.2  # of a wait, so that an interrupt is seen
+BROADCAST_TRIES = 100  # rounds without root, each after a view change
+
+
+@dataclass(frozen=True)
+class MemberInfo:
+    """A peer of the view, as every peer sees it."""
+
+    peer: int  # 64-bit id of this incarnation
+    slot: int
+    active: bool  # else observing: receives, contributes and owns nothing
+
+
+@dataclass
+class Result:
+    """What a round gave: the same bits on every peer that has it."""
+
+    tag: int
+    seq: int
+    outcome: str  # "stable"; "lost": completed without us and its bytes are gone: catch_up fetches
+    contributors: tuple[int, ...]  # peer ids that are in at least one chunk, by slot
+    partial: bool  # some chunk lacks a contributor that another chunk has, or nobody contributed
+    digest: int  # of all result bytes and contributor sets
+    tensors: list[Any] = field(default_factory=list)  # like the input; empty for collect
+    parts: dict[int, bytes] = field(default_factory=dict)  # collect: slot -> its bytes
+    begun: bool = True  # false: it came to us as an observer, or was missed
+
+    @property
+    def tensor(self) -> Any:
+        """The one tensor of a round begun with one tensor."""
+        assert len(self.tensors) == 1, f"this round has {len(self.tensors)} tensors"
+        return self.tensors[0]
+
+
+class Work:
+    """A round that was begun. The caller's tensors change only inside `wait()`."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        tag: int,
+        work: Any,  # decotrain._core.Work; None: lost before it began
+        incarnation: int,
+        out: list[Any] | None,  # None: a collect round
+        again: Callable[[], Work] | None = None,  # when nobody contributed (broadcast)
+    ) -> None:
+        self.comm, self.tag = comm, tag
+        self._work, self._incarnation, self._out, self._again = work, incarnation, out, again
+        self._result: Result | None = None
+
+    @property
+    def seq(self) -> int | None:
+        """The round's number; None until it has one (no view yet)."""
+        if self._result is not None:
+            return self._result.seq
+        return None if self._work is None else self._work.seq
+
+    def done(self) -> bool:
+        """True when `wait()` would return at once."""
+        return self._result is not None or self._work is None or self._work.done()
+
+    def wait(self, timeout_s: float | None = None) -> Result:
+        """The result. Raises WaitTimeoutError (the round goes on), RoundError or LeftError."""
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        for _ in range(BROADCAST_TRIES):
+            if self._result is None:
+                self._result = self._finish(deadline_s)
+            if self._again is None or self._result.contributors or self._result.outcome == "lost":
+                return self._result
+            other = self._again()  # the root was gone: everybody sees that and begins again
+            self._work, self._incarnation = other._work, other._incarnation
+            self._result = None
+        raise RoundError(f"nobody had anything to broadcast in {BROADCAST_TRIES} rounds")
+
+    def _finish(self, deadline_s: float) -> Result:
+        comm = self.comm
+        if self._work is None:
+            return comm._lost(self.tag)
+        try:
+            while not self._work.wait(min(SLICE_S, max(0.0, deadline_s - time.monotonic()))):
+                if time.monotonic() >= deadline_s:
+                    raise WaitTimeoutError(
+                        f"round {self.seq} of tag {self.tag} is not complete yet: {comm._why()}"
+                    )
+            held = self._work.result()
+        except RuntimeError as error:
+            comm._check_over()
+            if self._incarnation != comm._agent.shared.incarnation:
+                return comm._lost(self.tag)
+            raise RoundError(f"round {self.seq} of tag {self.tag}: {error}") from None
+        if held is None:  # results came to us that must be taken first
+            if self.tag in comm._shared.fragments:
+                return comm._lost(self.tag)
+            held = comm._shared.next_missed(self.tag)
+        return comm._result(held, self._out)

@@ -1,0 +1,127 @@
+"""Tensors of torch and arrays of numpy as the core sees them: contiguous buffers in CPU memory.
+
+Torch is imported only by who already has a tensor of torch. Nothing here knows rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from decotrain.errors import RoundError, StateError
+
+WIRE_TYPES = ("float32", "bfloat16", "float16")
+
+
+def listed(tensors: Any) -> list[Any]:
+    """One tensor or a sequence of them, as a list."""
+    if isinstance(tensors, Sequence) and not isinstance(tensors, (str, bytes)):
+        return list(tensors)
+    return [tensors]
+
+
+def is_torch(tensor: Any) -> bool:
+    return type(tensor).__module__.split(".")[0] == "torch" or hasattr(tensor, "requires_grad")
+
+
+def dtype_name(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def elements(tensor: Any) -> int:
+    return int(tensor.numel() if is_torch(tensor) else tensor.size)
+
+
+def readable(tensor: Any, place: str) -> Any:
+    """A buffer with the tensor's values: itself where possible, else a contiguous copy."""
+    if not hasattr(tensor, "dtype"):
+        raise RoundError(f"{place} is a {type(tensor).__name__}, not a torch tensor or numpy array")
+    name = dtype_name(tensor)
+    if name not in (*WIRE_TYPES, "float64"):
+        raise RoundError(f"{place} is {name}; rounds take float32, bfloat16, float16 and float64")
+    if is_torch(tensor):
+        import torch
+
+        flat = tensor.detach().to("cpu")
+        return (
+            (flat.float() if name == "float64" else flat)
+            .contiguous()
+            .view(-1)
+            .to(torch.float32 if name == "float64" else flat.dtype)
+        )
+    array = np.asarray(tensor, dtype=np.float32 if name == "float64" else None)
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def writable(tensor: Any, place: str) -> tuple[Any, Callable[[], None] | None]:
+    """A buffer to write a result to, and what then brings it into the tensor (None: it is)."""
+    readable_buffer = readable(tensor, place)
+    if is_torch(tensor):
+        direct = bool(readable_buffer.data_ptr() == tensor.data_ptr()) and tensor.numel() > 0
+        if direct:
+            return readable_buffer, None
+
+        def bring() -> None:
+            import torch
+
+            with torch.no_grad():
+                tensor.copy_(readable_buffer.view(tensor.shape))
+
+        return readable_buffer, bring
+    if not tensor.flags.writeable:
+        raise RoundError(f"{place} is read-only: give a tensor that may be written to, or out=")
+    if np.shares_memory(readable_buffer, tensor):
+        return readable_buffer, None
+
+    def bring_array() -> None:
+        tensor[...] = readable_buffer.reshape(tensor.shape)
+
+    return readable_buffer, bring_array
+
+
+def raw_bytes(tensor: Any, place: str) -> memoryview:
+    """The bytes of a tensor of any type where they lie, to be served and fetched in place."""
+    if is_torch(tensor):
+        import torch
+
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise StateError(f"{place} must be a contiguous tensor in CPU memory to be shared")
+        flat = tensor.detach().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    if not isinstance(tensor, np.ndarray) or not tensor.flags.c_contiguous:
+        raise StateError(f"{place} must be a contiguous numpy array or torch tensor to be shared")
+    if not tensor.flags.writeable:
+        raise StateError(f"{place} is read-only: what is fetched is written to it")
+    flat = tensor.reshape(-1).view(np.uint8)
+    return flat.data if tensor.size else memoryview(b"")
+
+
+def check_round(tag: int, weight: float, given: list[Any], places: list[Any]) -> None:
+    if not 0 <= tag < 4096:
+        raise RoundError(f"tag {tag} is not in 0..4095")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise RoundError(f"weight {weight} is not a finite number of at least 0")
+    if not given or sum(map(elements, given)) == 0:
+        raise RoundError("a round needs at least one value")
+    if list(map(elements, given)) != list(map(elements, places)):
+        raise RoundError("out has other sizes than the tensors of the round")
+
+
+def in_place(tensor: Any, place: str) -> Any:
+    buffer, bring = writable(tensor, place)
+    if bring is not None:
+        raise RoundError(
+            f"{place} must be contiguous float32 in CPU memory: it is updated in place"
+        )
+    return buffer
+
+
+def empty_like(tensor: Any) -> Any:
+    if is_torch(tensor):
+        import torch
+
+        return torch.empty_like(tensor, requires_grad=False)
+    return np.empty_like(tensor)
