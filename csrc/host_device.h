@@ -12,7 +12,7 @@
 
 #if defined(__CUDACC_RTC__)
 namespace std {
-using size_t = unsigned long long;
+using size_t = unsigned long;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;

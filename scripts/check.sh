@@ -2,7 +2,7 @@
 # The checks of source text, one name each: the only place that says how they are called.
 # scripts/test.sh, the pre-commit hooks and CI all come here.
 #
-#   scripts/check.sh format|lint|types|stub|clang-tidy ...
+#   scripts/check.sh format|lint|types|stub|cuda|arm|clang-tidy ...
 #   scripts/check.sh fix          formats everything in place
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -40,19 +40,52 @@ check_clang_tidy() {  # against the editable build's compile commands
     fail "clang-tidy found something (above)"
 }
 
+check_cuda() {  # the kernels compile for the two generations in use; they run where a GPU is
+  if ! command -v nvcc >/dev/null; then
+    echo "skipped: no nvcc"
+    return
+  fi
+  local source arch
+  for source in csrc/cuda/*.cu; do
+    for arch in sm_80 sm_90; do
+      nvcc -std=c++17 -fmad=false -ftz=false -prec-div=true -prec-sqrt=true -arch=$arch -Icsrc \
+        -cubin -o /dev/null "$source" || fail "nvcc: $source for $arch"
+    done
+  done
+}
+
+check_arm() {  # the codecs' tests on an emulated 64-bit Arm
+  local tools=(aarch64-linux-gnu-g++ qemu-aarch64-static) tool out
+  for tool in "${tools[@]}"; do
+    if ! command -v "$tool" >/dev/null; then
+      echo "skipped: no $tool"
+      return
+    fi
+  done
+  out=$(mktemp -d)
+  ln -s /usr/include/doctest "$out/doctest"
+  aarch64-linux-gnu-g++ -std=c++20 -O1 -ffp-contract=off -Icsrc -I"$out" -static \
+    csrc/codec/*.cpp csrc/simd.cpp csrc/tests/main.cpp csrc/tests/test_codec.cpp \
+    -o "$out/tests" || fail "the codecs do not compile for Arm"
+  qemu-aarch64-static "$out/tests" --minimal || fail "the codecs' tests fail on Arm"
+  rm -rf "$out"
+}
+
 fix() {
   ruff format -q .
   ruff check -q --fix .
   cpp_files | xargs clang-format -i
 }
 
-[ $# -gt 0 ] || fail "say which: format, lint, types, stub, clang-tidy or fix"
+[ $# -gt 0 ] || fail "say which: format, lint, types, stub, cuda, arm, clang-tidy or fix"
 for name in "$@"; do
   case $name in
     format) check_format ;;
     lint) check_lint ;;
     types) check_types ;;
     stub) check_stub ;;
+    cuda) check_cuda ;;
+    arm) check_arm ;;
     clang-tidy) check_clang_tidy ;;
     fix) fix ;;
     *) fail "unknown check '$name'" ;;

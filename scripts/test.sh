@@ -11,7 +11,7 @@ export PATH="$venv/bin:$PATH"
 if [ $# -gt 0 ]; then exec pytest "$@"; fi
 
 jobs=$(nproc)
-for check in format lint types stub; do
+for check in format lint types stub cuda arm; do
   stage "check: $check"
   scripts/check.sh "$check"
 done

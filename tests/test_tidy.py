@@ -189,7 +189,17 @@ def test_imports_point_down() -> None:
 
 # Third-party modules with a fence around them, and where they may be imported.
 FENCES = {
-    "torch": ("model", "data", "checkpoint", "outer", "spsa", "train", "communicator", "tensors"),
+    "torch": (
+        "model",
+        "data",
+        "checkpoint",
+        "outer",
+        "spsa",
+        "train",
+        "communicator",
+        "tensors",
+        "cuda",
+    ),
     "zmq": ("control",),
     "msgpack": ("control", "communicator", "checkpoint", "spsa"),
     "hydra": ("cli", "train"),
