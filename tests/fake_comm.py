@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from decotrain.communicator import Result
+from decotrain.communicator import MemberInfo, Result
 
 WAIT_S = 60.0
 
@@ -139,13 +139,19 @@ class FakeComm:
         return FakeWork(self, tag, seq, out)
 
     def all_reduce(
-        self, tensors: torch.Tensor, *, tag: int, weight: float, state_digest: int, **options: Any
+        self,
+        tensors: torch.Tensor,
+        *,
+        tag: int,
+        weight: float,
+        state_digest: int = 0,
+        **options: Any,
     ) -> FakeWork:
         return self._begin(tag, tensors, weight, state_digest)
 
-    def broadcast(self, tensors: torch.Tensor, *, tag: int) -> FakeWork:
-        root = min(self.run.active)
-        return self._begin(tag, tensors, 1.0 if self.peer == root else 0.0, 0)
+    @property
+    def members(self) -> tuple[MemberInfo, ...]:
+        return tuple(MemberInfo(peer, peer - 1, True) for peer in sorted(self.run.active))
 
     def catch_up(
         self,

@@ -312,6 +312,38 @@ def test_a_newcomer_adopts_state_and_step_and_joins_the_open_round() -> None:
     assert done[3].outer.global_step == 24
 
 
+def test_when_nobody_broadcasts_the_next_round_is_the_broadcast() -> None:
+    """The peer that was to broadcast died: its round is empty, and counts."""
+    run = FakeRun(3)
+    comms = {peer: run.comm(peer) for peer in (2, 3)}
+    reached = threading.Barrier(3)
+
+    def body(peer: int) -> tuple[str, int, int]:
+        if peer == 1:  # it is the first peer, and dies when the others have begun
+            reached.wait(WAIT_S)
+            with run.changed:
+                assert run.changed.wait_for(
+                    lambda: (0, 0) in run.rounds and len(run.rounds[0, 0].given) == 2, WAIT_S
+                )
+            run.remove(1)
+            return "", 0, 0
+        reached.wait(WAIT_S)
+        model = make_model(peer)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = DiLoCo(model, inner, comms[peer], sync_every=2)
+        loss_of(model, batch(peer, 0)).backward()
+        for _ in range(2):
+            inner.step()
+            outer.step()
+        return outer.digest(), outer.rounds(), outer.global_step
+
+    done = run_peers(run, [1, 2, 3], body)
+    assert run.rounds[0, 0].result.contributors == ()
+    assert run.rounds[0, 1].result.contributors == (2,)
+    assert done[2] == done[3]
+    assert done[2][1:] == (1, 2)
+
+
 def test_a_waived_peer_keeps_its_progress_and_its_tokens() -> None:
     run = FakeRun(2)
     comms = {peer: run.comm(peer) for peer in (1, 2)}

@@ -29,6 +29,7 @@ class Fragment:
         self.elements = end
         self.theta = torch.empty(end, dtype=torch.float32)
         self.buffers = {name: torch.zeros(end, dtype=torch.float32) for name in buffer_names}
+        self.started = torch.zeros(1, dtype=torch.int64)  # version after the broadcast; 0: not yet
         self.workspace = torch.empty(end, dtype=torch.float32)  # pseudo-gradient, then its mean
         self.tokens = 0.0  # weight of the local progress that no round has counted yet
         self.tokens_sent = 0.0  # the part of it that the round in flight carries
@@ -37,7 +38,7 @@ class Fragment:
     @property
     def state(self) -> dict[str, Tensor]:
         """What is shared: bit-equal on every peer that holds the same version."""
-        return {"theta": self.theta, **self.buffers}
+        return {"theta": self.theta, "started": self.started, **self.buffers}
 
     @torch.no_grad()
     def read_local(self, out: Tensor) -> Tensor:

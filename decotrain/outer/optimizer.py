@@ -5,9 +5,9 @@
         loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
         outer.step(tokens=batch.numel())
 
-Each fragment of the schedule is a tag of the communicator. Its round 0 is a broadcast of the first
-parameters, so every peer starts from the same bits; round k averages pseudo-gradients and is
-applied as outer step k. The version of a fragment counts all of them.
+Each fragment of the schedule is a tag of the communicator. Its first round that brings anything is
+a broadcast of the first parameters, so every peer starts from the same bits; each later one
+averages pseudo-gradients and is one outer step. The version of a fragment counts all of them.
 
 Churn is handled here and not in the training script: a newcomer fetches state, adopts the global
 step and enters the next round with the tokens it has; a peer whose contribution was not counted
@@ -78,22 +78,33 @@ class OuterOptimizer:
     def _start(self) -> None:
         """Hold what the others hold: fetched from them, or broadcast when nobody has begun."""
         for fragment in self.fragments:
+            loaded = self.rounds(fragment.tag)
             self.comm.catch_up(fragment.tag, self._applier(fragment), wait=True)
-            if self.comm.version(fragment.tag) == 0:
-                work = self.comm.broadcast(
-                    fragment.workspace.copy_(fragment.theta), tag=fragment.tag
-                )
-                self._take(fragment, work.wait())
+            while not fragment.started.item():
+                result = self._broadcast(fragment).wait()
+                if result.outcome != "lost":
+                    self._take(fragment, result)
+                self.comm.catch_up(fragment.tag, self._applier(fragment), wait=True)
             fragment.write(fragment.theta)
-            if self.comm.version(fragment.tag) > max(self._versions[fragment.tag], 1):
+            if self.rounds(fragment.tag) > loaded:
                 self._late.add(fragment.tag)
         self.global_step = self._step_of_state()
 
-    def _step_of_state(self) -> int:
-        return max(
-            (self.schedule.step_after(f.tag, r) if r > 0 else 0)
-            for f, r in ((f, self.comm.version(f.tag) - 1) for f in self.fragments)
+    def _broadcast(self, fragment: Fragment) -> Work:
+        """The first active peer's parameters. Nobody's, when that one dies: then once more."""
+        root = next((one.peer for one in self.comm.members if one.active), 0)
+        return self.comm.all_reduce(
+            fragment.workspace.copy_(fragment.theta),
+            tag=fragment.tag,
+            weight=1.0 if root == self.comm.peer else 0.0,
         )
+
+    def _step_of_state(self) -> int:
+        steps = [0]
+        for fragment in self.fragments:
+            if rounds := self.rounds(fragment.tag):
+                steps.append(self.schedule.step_after(fragment.tag, rounds))
+        return max(steps)
 
     # --- the loop
 
@@ -185,8 +196,9 @@ class OuterOptimizer:
         with self.comm.updating(fragment.tag):
             if result.contributors:
                 value = torch.as_tensor(result.tensor)
-                if result.seq == 0:
+                if not fragment.started.item():
                     fragment.theta.copy_(value)
+                    fragment.started.fill_(result.seq + 1)
                 else:
                     self.update.apply(fragment.theta, value, fragment.buffers)
         self.last_contributors = result.contributors
@@ -195,7 +207,8 @@ class OuterOptimizer:
 
     def rounds(self, tag: int = 0) -> int:
         """Outer steps that the fragment has made."""
-        return max(self.comm.version(tag) - 1, 0)
+        started = int(self.fragments[tag].started.item())
+        return self.comm.version(tag) - started if started else 0
 
     def digest(self) -> str:
         """SHA-256 of the shared state of all fragments (parameters, buffers, versions)."""
