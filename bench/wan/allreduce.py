@@ -7,7 +7,7 @@ over a few calls, one after the other, variants in turns.
 
 Options (`--set`): profiles=, peers=4, mib=256, codecs=f32,int8, gloo=0 (without torch), streams=0
 (automatic), latency=0 or throughput=0 to leave one question out, latency_peers=2,4,8,
-congestion=bbr (of TCP, at all sites; the machine's own by default).
+congestion=cubic (of TCP, at all sites).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def options_of(settings: Settings) -> dict[str, Any]:
 
 
 def lab_of(profile: Profile, peers: int, settings: Settings) -> Lab:
-    congestion = settings.option("congestion", "")
+    congestion = settings.option("congestion", "cubic")
     return Lab(profile, sites=peers, seed=settings.seed, congestion=congestion)
 
 

@@ -43,7 +43,8 @@ class LabError(Exception):
 class Lab:
     """Sites 0..n-1, linked as the profile says. `nat` names the sites behind a NAT router.
 
-    `congestion` is TCP's congestion control at every site; by default the machine's own.
+    TCP at the sites is Linux as it comes, whatever this machine's settings: 4 MiB to send, 6 MiB
+    to receive, and `congestion` as its congestion control.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Lab:
         *,
         seed: int = 1,
         nat: Sequence[int] = (),
-        congestion: str = "",
+        congestion: str = "cubic",
         offload: bool = True,
         mtu: int = 1500,
     ) -> None:
@@ -68,6 +69,7 @@ class Lab:
         self.nat = frozenset(nat)
         self._settings = (seed, offload, mtu)
         self._congestion = congestion
+        self._preload: dict[str, str] = {}
         self._gateways: list[int] = []  # namespace descriptors: where the site's wan0 is
         self._inside: list[int] = []  # where its programs run; the same unless behind a NAT
         self._children: list[subprocess.Popen[Any]] = []
@@ -122,9 +124,7 @@ class Lab:
         self._ip(gateway, "link set lo up", f"link set {DEVICE} mtu {mtu} txqueuelen 5000 up",
                  f"addr add {self.address(number)}/15 dev {DEVICE}")  # fmt: skip
         inside = self._inside[number]
-        if self._congestion:
-            knob = "/proc/sys/net/ipv4/tcp_congestion_control"
-            self._tool(inside, ["sh", "-c", f'echo "$0" > {knob}', self._congestion])
+        self._configure_tcp(inside)
         if number not in self.nat:
             return
         self._ip(gateway, "link add lan0 type veth peer name eth0 netns "
@@ -142,6 +142,20 @@ class Lab:
             " }\n}\n"
         )
         self._tool(gateway, ["nft", "-f", "-"], rules)
+
+    def _configure_tcp(self, namespace: int) -> None:
+        for name, value in (("rmem", "4096 131072 6291456"), ("wmem", "4096 16384 4194304")):
+            knob = f"/proc/sys/net/ipv4/tcp_{name}"
+            self._tool(namespace, ["sh", "-c", f'echo "$0" > {knob}', value])
+        knob = "/proc/sys/net/ipv4/tcp_congestion_control"
+        try:
+            self._tool(namespace, ["sh", "-c", f'echo "$0" > {knob}', self._congestion])
+        except LabError:  # not allowed as a default: socket by socket, then
+            shim = build("congestion.cpp", "-shared", "-fPIC")
+            self._preload = {"LD_PRELOAD": shim, "DT_LAB_CONGESTION": self._congestion}
+            text = self._tool(namespace, ["sh", "-c", "cat /proc/sys/net/ipv4/tcp_available*"])
+            if self._congestion not in text.split():
+                raise LabError(f"this kernel has no {self._congestion}, only {text}") from None
 
     def close(self) -> None:
         """Ends everything inside. Safe to call twice."""
@@ -183,7 +197,7 @@ class Lab:
     def environment(self, site: int) -> dict[str, str]:
         """What programs at the site get in addition to this process's environment."""
         return {MARK: _mark(), "DT_LAB_ADDRESS": self.local_address(site),
-                "GLOO_SOCKET_IFNAME": self.interface(site)}  # fmt: skip
+                "GLOO_SOCKET_IFNAME": self.interface(site), **self._preload}  # fmt: skip
 
     def popen(
         self, site: int, argv: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
@@ -265,7 +279,7 @@ class Lab:
     def _ip(self, namespace: int, *lines: str) -> None:
         self._tool(namespace, ["ip", "-batch", "-"], "\n".join(lines) + "\n")
 
-    def _tool(self, namespace: int, argv: Sequence[str], text: str = "") -> None:
+    def _tool(self, namespace: int, argv: Sequence[str], text: str = "") -> str:
         if shutil.which(argv[0]) is None:
             raise LabError(f"the lab needs the program {argv[0]!r} (iproute2, nftables)")
         fds = {namespace, *self._inside}
@@ -275,6 +289,7 @@ class Lab:
         )  # fmt: skip
         if done.returncode != 0:
             raise LabError(f"{' '.join(argv)} failed: {done.stderr.strip()}\n{text}")
+        return done.stdout
 
 
 def new_namespace() -> int:
@@ -300,11 +315,11 @@ def new_namespace() -> int:
     return made[0]
 
 
-def build() -> str:
-    """The forwarder, compiled into build/lab/ on first use and when its source changed."""
-    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")])
+def build(source: str = "forwarder.cpp", *flags: str) -> str:
+    """A program, compiled into build/lab/ on first use and again when a source changed."""
+    sources = sorted([*HERE.glob("*.h"), HERE / source])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    program = CACHE / f"forwarder-{digest}"
+    program = CACHE / f"{Path(source).stem}-{digest}"
     if program.exists():
         return str(program)
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -313,11 +328,11 @@ def build() -> str:
     CACHE.mkdir(parents=True, exist_ok=True)
     draft = program.with_name(f"{program.name}.{os.getpid()}")
     done = subprocess.run(
-        [compiler, "-std=c++20", "-O2", str(HERE / "forwarder.cpp"), "-o", str(draft)],
+        [compiler, "-std=c++20", "-O2", *flags, str(HERE / source), "-o", str(draft)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise LabError(f"{compiler} cannot compile the forwarder:\n{done.stderr}")
+        raise LabError(f"{compiler} cannot compile {source}:\n{done.stderr}")
     draft.replace(program)
     return str(program)
 

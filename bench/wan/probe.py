@@ -94,14 +94,12 @@ def sink(address: str, streams: int, skip_s: float, measure_s: float) -> None:
     print(json.dumps({"mbps": 8e-6 * total / (now - begin), "seconds": now - begin}), flush=True)
 
 
-def source(address: str, port: int, streams: int, congestion: str) -> None:
+def source(address: str, port: int, streams: int) -> None:
     """Sends on all streams until the sink has enough."""
     picker = selectors.DefaultSelector()
     data = memoryview(bytes(CHUNK_BYTES))
     for _ in range(streams):
         connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        if congestion:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
         connection.connect((address, port))
         connection.setblocking(False)
         picker.register(connection, selectors.EVENT_WRITE)
@@ -125,7 +123,6 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--skip-s", type=float, default=1.0)
     parser.add_argument("--measure-s", type=float, default=3.0)
-    parser.add_argument("--congestion", default="")
     args = parser.parse_args()
     if args.what == "echo":
         echo(args.address)
@@ -134,7 +131,7 @@ def main() -> int:
     elif args.what == "sink":
         sink(args.address, args.streams, args.skip_s, args.measure_s)
     else:
-        source(args.address, args.port, args.streams, args.congestion)
+        source(args.address, args.port, args.streams)
     return 0
 
 

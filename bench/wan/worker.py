@@ -57,8 +57,13 @@ class Ours:
 
     def run(self, buffer: Any, task: dict[str, Any]) -> None:
         codec = task.get("codec", "f32")
-        work = self.node.begin([buffer], borrow=True, codec=codec,
-                               result_codec=task.get("result_codec", codec))  # fmt: skip
+        work = self.node.begin(
+            [buffer],
+            borrow=True,
+            codec=codec,
+            result_codec=task.get("result_codec", codec),
+            chunk_elements=task.get("chunk_elements"),
+        )
         if not work.wait(WAIT_S):
             raise SystemExit(f"no result in {WAIT_S} s; links: {self.node.links()}")
         work.result().decode_into([buffer])
