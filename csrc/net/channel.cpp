@@ -8,7 +8,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
+#include <string_view>
 
 namespace decotrain::net {
 namespace {
@@ -73,6 +75,26 @@ int Channel::pending_error() const {
   socklen_t size = sizeof error;
   if (getsockopt(fd_.get(), SOL_SOCKET, SO_ERROR, &error, &size) != 0) return errno;
   return error;
+}
+
+double Channel::rtt_s() const {
+  tcp_info info{};
+  socklen_t size = sizeof info;
+  if (is_unix_ || getsockopt(fd_.get(), IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return 0.0;
+  return 1e-6 * info.tcpi_rtt;
+}
+
+bool Channel::fears_loss() const {
+  std::array<char, 16> name{};
+  socklen_t size = name.size() - 1;
+  if (is_unix_ || getsockopt(fd_.get(), IPPROTO_TCP, TCP_CONGESTION, name.data(), &size) != 0) {
+    return false;
+  }
+  return std::string_view(name.data()).substr(0, 3) != "bbr";
+}
+
+void Channel::limit_unsent(std::size_t bytes) {
+  set_int(fd_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, static_cast<int>(bytes));
 }
 
 Fd listen_on(const Address& address) {

@@ -9,13 +9,20 @@ namespace decotrain::net {
 namespace {
 
 constexpr double kIdleTurn_s = 1.0;
-constexpr double kGrowthMinRtt_s = 0.005;      // below it one stream fills the path
-constexpr double kGrowthMinBytes = 256 << 10;  // bandwidth x delay below which more is no use
+constexpr double kGrowthMinRtt_s = 0.005;  // below it one stream fills the path
+constexpr double kLongPath_s = 0.02;
+constexpr double kGrowthMinBytes = 256 << 10;   // bandwidth x delay below which more is no use
+constexpr double kGrowthMinBytesBbr = 2 << 20;  // for each stream: what the kernel buffers for it
 constexpr double kGrowthGain = 1.15;
 constexpr double kGrowthPause_s = 30.0;
 constexpr double kJudgeBusy_s = 0.5;  // time with something to send before the rate is judged
 
 }  // namespace
+
+std::size_t streams_for(double rtt_s, bool fears_loss) {
+  if (rtt_s < kGrowthMinRtt_s || !fears_loss) return 1;
+  return rtt_s < kLongPath_s ? 4 : 8;
+}
 
 void Mesh::set_peers(const std::vector<PeerInfo>& peers, Clock at) {
   slots_.fill(0);
@@ -193,6 +200,17 @@ void Mesh::note_busy(Link& link, Clock at) {
   link.busy_mark = sent;
 }
 
+// A long path takes more streams, and less in the kernel: what waits there has chosen its stream,
+// and a slow one would hold up the end of a round.
+void Mesh::suit_path(Link& link, Stream& s) {
+  const double rtt_s = s.channel.rtt_s();
+  if (link.rtt_s == 0.0) link.rtt_s = rtt_s;
+  if (rtt_s >= kGrowthMinRtt_s) s.channel.limit_unsent(options_.socket.long_notsent_bytes);
+  link.fears_loss = s.channel.fears_loss();
+  if (options_.streams != 0) return;
+  link.target_streams = std::max(link.target_streams, streams_for(link.rtt_s, link.fears_loss));
+}
+
 // Doubles the streams of a long path as long as that makes it faster.
 void Mesh::judge_rate(Link& link, Clock at) {
   if (link.busy_s < kJudgeBusy_s) return;
@@ -202,7 +220,10 @@ void Mesh::judge_rate(Link& link, Clock at) {
   if (options_.streams != 0 || !link.ours || at < link.no_growth_until) return;
   if (link.streams.size() < link.target_streams || link.target_streams >= kMaxStreams) return;
   const double in_flight_bytes = link.rate_bps / 8.0 * link.rtt_s;
-  if (link.rtt_s < kGrowthMinRtt_s || in_flight_bytes < kGrowthMinBytes) return;
+  const double worth_it_bytes = link.fears_loss
+                                    ? kGrowthMinBytes
+                                    : kGrowthMinBytesBbr * static_cast<double>(link.streams.size());
+  if (link.rtt_s < kGrowthMinRtt_s || in_flight_bytes < worth_it_bytes) return;
   if (link.rate_bps > link.rate_before * kGrowthGain) {
     link.rate_before = link.rate_bps;
     link.target_streams = std::min(kMaxStreams, link.target_streams * 2);

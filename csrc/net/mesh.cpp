@@ -292,6 +292,7 @@ void Mesh::opened(Stream& s, Clock at) {
   s.last_received = s.last_acknowledged = s.born = at;
   link.ours = s.dialled;
   link.streams.push_back(s.id);
+  suit_path(link, s);
   if (link.streams.size() == 1) {
     emit(MeshEvent::Kind::link_up, link.peer, s.channel.is_unix() ? "unix" : "tcp");
     if (std::exchange(link.lost_frames, false)) handler_.on_link_reset(link.peer);

@@ -28,6 +28,11 @@ constexpr std::size_t kMaxStrangersPerOrigin = 32;
 constexpr std::size_t kRelayBytes = std::size_t{8} << 20;  // held for one destination
 constexpr std::size_t kMaxEvents = 1024;
 
+// Streams to begin with, when their number is left to us. What one stream carries over a long path
+// is bounded by what the kernel buffers for it and, unless it is BBR, by loss: CUBIC falls back at
+// every lost packet and takes seconds to recover.
+std::size_t streams_for(double rtt_s, bool fears_loss);
+
 struct MeshOptions {
   std::uint64_t run_fingerprint = 0;
   std::size_t streams = 0;      // of one link; 0: as many as the path needs
@@ -137,6 +142,7 @@ class Mesh {
     bool turn = false;               // alternates between own and routed frames
     // how many streams the path needs
     std::size_t target_streams = 1;
+    bool fears_loss = true;
     double rtt_s = 0.0;
     Clock judged_at = 0;
     double busy_s = 0.0;
@@ -197,6 +203,7 @@ class Mesh {
   void dial(Link& link, Clock now);
   void dial_failed(Link& link, Clock now);
   const Address* pick_address(Link& link);
+  void suit_path(Link& link, Stream& s);
   void judge_rate(Link& link, Clock now);
   void note_busy(Link& link, Clock now);
   void tell_sources(Link& link);

@@ -46,6 +46,14 @@ void exchange(const std::vector<std::string>& listen, std::size_t streams, bool 
 
 }  // namespace
 
+TEST_CASE("a long path gets more streams, unless one does not mind loss") {
+  CHECK(net::streams_for(0.0, true) == 1);
+  CHECK(net::streams_for(0.001, true) == 1);
+  CHECK(net::streams_for(0.015, true) == 4);
+  CHECK(net::streams_for(0.09, true) == 8);
+  CHECK(net::streams_for(0.09, false) == 1);
+}
+
 TEST_CASE("frames of every size arrive whole") {
   SUBCASE("tcp") { exchange(kTcp4, 1, false); }
   SUBCASE("tcp, 4 streams") { exchange(kTcp4, 4, false); }
