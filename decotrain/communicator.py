@@ -53,21 +53,19 @@ class Communicator:
         self._ready = False
         self._left = False
         self._counters = {"rounds": 0, "lost_rounds": 0}
-        self._shared = SharedState(self, asked.host, asked.fingerprint)
+        self._shared = SharedState(self)
         self._agent = Agent(
             asked.address,
             asked.who,
             self._make_node,
             lambda: [(tag, -1) for tag in self._shared.fragments],
             on_install=self._shared.installed,
-            state=[self._shared.server.address],
         )
 
     def _make_node(self, peer: int) -> Any:
         """For each incarnation; on the control thread, but for the first."""
         if self._ready:
-            self._shared.make_void()
-        self._shared.incarnated(peer)
+            self._shared.incarnated()
         asked = self._asked
         return Node(peer, asked.listen, asked.fingerprint, **self._node_options)
 
@@ -367,7 +365,6 @@ class Communicator:
         figures["bytes_out"] = sum(link["sent_bytes"] for link in links)
         figures["bytes_in"] = sum(link["received_bytes"] for link in links)
         figures["links_up"] = sum(bool(link["up"]) for link in links)
-        figures["state_bytes_out"] = self._shared.server.sent_bytes
         figures["epoch"] = self._agent.shared.view & 0xFFFFFFFF
         return figures
 
@@ -389,7 +386,6 @@ class Communicator:
             return
         self._left = True
         self._agent.stop()
-        self._shared.server.close()
         if self._asked.server is not None:
             self._asked.server.stop()
 

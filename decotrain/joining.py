@@ -28,7 +28,6 @@ class Asked:
     who: mb.Identity
     fingerprint: int  # what peers of one run have in common
     listen: list[str]  # of the data plane
-    host: str  # of this machine, as others reach it
     server: ServerThread | None  # our own coordinator, in a run of one
 
 
@@ -65,7 +64,7 @@ def ask(
     if address == "local":
         server = ServerThread(Options(run=run, min_peers=1))
         address = server.address
-    return Asked(address, who, number, places, host, server)
+    return Asked(address, who, number, places, server)
 
 
 def fingerprint(run: str, token_file: str | None) -> int:

@@ -1,8 +1,8 @@
 """Shared state of one peer: registered fragments, their versions, and how they catch up.
 
-What to do is decided by decotrain/versions.py, bytes are moved by decotrain/state.py. Versions and
-what the engine is told of them change on the control thread only, where no FREEZE can come in
-between; tensors are written by the trainer's thread.
+What to do is decided by decotrain/versions.py, bytes are served and fetched by the core's Node.
+Versions and what the engine is told of them change on the control thread only, where no FREEZE can
+come in between; tensors are written by the trainer's thread and by fetches it waits for.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from decotrain import tensors as tn
 from decotrain.control import member as mb
 from decotrain.errors import StateError, WaitTimeoutError
-from decotrain.state import Fetched, Fragment, Source, StateServer, fetch
 from decotrain.versions import Versions
 
 if TYPE_CHECKING:
@@ -24,18 +24,27 @@ if TYPE_CHECKING:
     from decotrain.rounds import Result
 
 FETCH_PAUSE_S = 0.1  # between attempts to fetch state
-PIN_AFTER = 2  # attempts that failed because the state moved on
+FETCH_SLICE_S = 0.1  # between looks at a fetch under way
+FETCH_STALL_S = 10.0  # without a byte: asks again from the start
+
+
+@dataclass
+class Fragment:
+    """The registered tensors of one tag."""
+
+    arrays: list[Any]  # their bytes, where they lie
+    bytes: int
+    version: int
+    void: bool = False
 
 
 class SharedState:
-    def __init__(self, comm: Communicator, host: str, fingerprint: int) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self.fingerprint = fingerprint
         self.fragments: dict[int, Fragment] = {}
         self.versions = Versions({})
         self.missed: dict[int, deque[Any]] = {}  # taken from the engine, not applied yet
         self.skipped: dict[int, list[Any]] = {}  # works of rounds the caller never saw
-        self.server = StateServer(host, fingerprint, self.fragments)
         self.fetches = 0
         self.fetched_bytes = 0
 
@@ -43,13 +52,20 @@ class SharedState:
         if not tensors or version < 0:
             raise StateError(f"tag {tag} needs at least one tensor and a version of at least 0")
         names = sorted(tensors)
-        self.fragments[tag] = Fragment(
-            names=names,
-            kinds=[f"{tn.dtype_name(tensors[n])}{list(tensors[n].shape)}" for n in names],
-            buffers=[tn.raw_bytes(tensors[n], f"{n} of tag {tag}") for n in names],
-            version=version,
-        )
+        arrays = [tn.raw_bytes(tensors[name], f"{name} of tag {tag}") for name in names]
+        fragment = Fragment(arrays, sum(array.nbytes for array in arrays), version)
+        if not fragment.bytes:
+            raise StateError(f"the tensors of tag {tag} have no values")
+        self.fragments[tag] = fragment
         self.versions.add(tag, version)
+        self._publish(self.comm._agent.shared.node, tag, fragment)
+
+    def _publish(self, node: Any, tag: int, fragment: Fragment) -> None:
+        """Serve what is the run's state, and nothing else."""
+        if fragment.void:
+            node.withdraw(tag)
+        else:
+            node.publish(tag, fragment.arrays, fragment.version)
 
     def fragment(self, tag: int) -> Fragment:
         if tag not in self.fragments:
@@ -59,12 +75,15 @@ class SharedState:
     @contextmanager
     def updating(self, tag: int, version: int | None, last_seq: int) -> Iterator[None]:
         fragment = self.fragment(tag)
-        with fragment.lock:
+        node = self.comm._agent.shared.node
+        following = max(fragment.version, last_seq) + 1 if version is None else version
+        node.begin_update(tag)
+        try:
             yield
-            if version is None:
-                version = max(fragment.version, last_seq) + 1
-            fragment.version = version
-        self.comm._on_control(lambda: self._set_version(tag, version))
+            fragment.version = following
+        finally:
+            node.end_update(tag, fragment.version)
+        self.comm._on_control(lambda: self._set_version(tag, following))
 
     def _set_version(self, tag: int, version: int) -> None:
         if not self.versions.void[tag]:
@@ -83,7 +102,6 @@ class SharedState:
     ) -> int:
         comm, fragment = self.comm, self.fragment(tag)
         shared = comm._agent.shared
-        failures = 0
         while True:
             comm._check_over()
             if shared.view:
@@ -95,9 +113,8 @@ class SharedState:
                     if step.do == "apply":
                         self._apply(fragment, held, apply)
                     continue
-                if self._fetch(tag, fragment, pinned=failures >= PIN_AFTER):
+                if self._fetch(tag, fragment):
                     continue
-                failures += 1
             if not wait:
                 break
             if time.monotonic() >= deadline_s:
@@ -137,49 +154,62 @@ class SharedState:
 
     # --- fetching
 
-    def _fetch(self, tag: int, fragment: Fragment, pinned: bool) -> bool:
-        sources = self._sources()
-        if not sources:
+    def _fetch(self, tag: int, fragment: Fragment) -> bool:
+        """One attempt; the fragment is void unless it succeeds."""
+        comm, shared = self.comm, self.comm._agent.shared
+        servers = self._servers()
+        if not servers:
             return False
-        with fragment.lock:
-            fragment.void = True  # a mixture until it is complete: served to nobody
+        node = shared.node
+        if not fragment.void:
+            comm._on_control(lambda: self._set_void(tag))  # a mixture until it is complete
         try:
-            got = fetch(tag, fragment, sources, self.fingerprint, pinned)
-        except StateError as error:
-            if "differs from what is registered" in str(error):
-                raise
-            self.comm._on_control(lambda: self._set_void(tag))
+            work = node.fetch(tag, servers, fragment.arrays)
+            if not self._wait_for(node, work, servers):
+                node.cancel(work)
+                return False
+        except RuntimeError:
+            comm._check_over()  # else the incarnation has just ended
             return False
         self.fetches += 1
-        self.fetched_bytes += got.bytes
-        return bool(self.comm._on_control(lambda: self._take(tag, fragment, got)))
+        self.fetched_bytes += fragment.bytes
+        return bool(comm._on_control(lambda: self._take(tag, work.version, servers)))
 
-    def _sources(self) -> list[Source]:
-        """Who may serve us, active peers first."""
+    def _servers(self) -> list[int]:
+        """Who may serve us: active peers, or else whoever is in the view."""
         shared = self.comm._agent.shared
         with shared.changed:
-            rows, contacts = shared.members, shared.contacts
-        active = {row[0] for row in rows if row[2]}
-        sources = [
-            Source(contact["peer"], tuple(contact["state"]))
-            for contact in contacts
-            if contact["peer"] != shared.peer
-        ]
-        return sorted(sources, key=lambda source: source.peer not in active)
+            rows = [row for row in shared.members if row[0] != shared.peer]
+        return [row[0] for row in rows if row[2]] or [row[0] for row in rows]
 
-    def _take(self, tag: int, fragment: Fragment, got: Fetched) -> bool:
-        """On the control thread."""
+    def _wait_for(self, node: Any, work: Any, servers: list[int]) -> bool:
+        """False when a server has left the view (its branch may be void) or nothing comes."""
+        comm, shared = self.comm, self.comm._agent.shared
+        moved_s, bytes_before = time.monotonic(), 0
+        while not work.wait(FETCH_SLICE_S):
+            comm._check_over()
+            here = {row[0] for row in shared.members}
+            if shared.node is not node or not here.issuperset(servers):
+                return False
+            if work.bytes != bytes_before:
+                moved_s, bytes_before = time.monotonic(), work.bytes
+            if time.monotonic() - moved_s > FETCH_STALL_S:
+                return False
+        return True
+
+    def _take(self, tag: int, version: int, servers: list[int]) -> bool:
+        """On the control thread: may what was fetched be our state?"""
         member = self.comm._agent.member
         here = {row[0] for row in member.members}
-        good = all(
-            self.versions.fetched(tag, got.version, view, peer in here, member.frozen)
-            for peer, view in got.served
-        )
-        if not good:
-            self._set_void(tag)
+        if not self.versions.fetched(
+            tag, version, member.view, here.issuperset(servers), member.frozen
+        ):
             return False
-        fragment.version, fragment.void = got.version, False
-        self.comm._agent.node.set_covered(tag, got.version - 1)
+        fragment = self.fragments[tag]
+        fragment.version, fragment.void = version, False
+        node = self.comm._agent.node
+        node.set_covered(tag, version - 1)
+        self._publish(node, tag, fragment)
         return True
 
     def _set_void(self, tag: int) -> None:
@@ -187,21 +217,23 @@ class SharedState:
         self.versions.void[tag] = True
         self.fragments[tag].void = True
         self.comm._agent.node.set_covered(tag, -1)
+        self._publish(self.comm._agent.node, tag, self.fragments[tag])
 
     # --- views; on the control thread
 
-    def incarnated(self, peer: int) -> None:
+    def incarnated(self) -> None:
         """A new id and a new engine: nothing we hold is the run's."""
-        self.server.peer, self.server.view = peer, 0
         self.missed.clear()
         self.skipped.clear()
+        self.make_void()
 
     def installed(self, view: int, tags: list[dict[str, int]], void: bool) -> bool:
         """Right after the engine took a plan. False: our branch is void."""
-        self.server.view = view
         ours = self.versions.installed(view, tags, void)
         if void or not ours:
             self.make_void()
+            for tag in self.fragments:
+                self.comm._agent.node.withdraw(tag)
         return ours
 
     def make_void(self) -> None:

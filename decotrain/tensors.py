@@ -82,21 +82,19 @@ def writable(tensor: Any, place: str) -> tuple[Any, Callable[[], None] | None]:
     return readable_buffer, bring_array
 
 
-def raw_bytes(tensor: Any, place: str) -> memoryview:
+def raw_bytes(tensor: Any, place: str) -> Any:
     """The bytes of a tensor of any type where they lie, to be served and fetched in place."""
     if is_torch(tensor):
         import torch
 
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise StateError(f"{place} must be a contiguous tensor in CPU memory to be shared")
-        flat = tensor.detach().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        return tensor.detach().reshape(-1).view(torch.uint8).numpy()
     if not isinstance(tensor, np.ndarray) or not tensor.flags.c_contiguous:
         raise StateError(f"{place} must be a contiguous numpy array or torch tensor to be shared")
     if not tensor.flags.writeable:
         raise StateError(f"{place} is read-only: what is fetched is written to it")
-    flat = tensor.reshape(-1).view(np.uint8)
-    return flat.data if tensor.size else memoryview(b"")
+    return tensor.reshape(-1).view(np.uint8)
 
 
 def check_round(tag: int, weight: float, given: list[Any], places: list[Any]) -> None:

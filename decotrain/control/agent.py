@@ -45,6 +45,7 @@ class DataPlane(Protocol):
     def install(self, install: dict[str, Any]) -> bool: ...
     def declare(self, covered: list[tuple[int, int]]) -> None: ...
     def set_covered(self, tag: int, seq: int) -> None: ...
+    def withdraw(self, tag: int) -> None: ...
     def set_peers(self, peers: list[tuple[int, int, list[str]]]) -> None: ...
     def set_route(self, peer: int, via: int) -> None: ...
     def events(self) -> list[dict[str, Any]]: ...
@@ -65,7 +66,6 @@ class Shared:
     view: int = 0
     generation: int = 0
     members: list[list[Any]] = field(default_factory=list)
-    contacts: list[dict[str, Any]] = field(default_factory=list)
     over: str | None = None  # why there is no way back
     over_kind: str = ""  # refused, evicted, left, broken
     open: set[tuple[int, int]] = field(default_factory=set)  # rounds others began and we did not
@@ -81,13 +81,11 @@ class Agent:
         declared: Callable[[], list[tuple[int, int]]],  # tags with state, nothing held
         # (view, tags of the plan, void) after an install; False: what we hold is void
         on_install: Callable[[int, list[dict[str, int]], bool], bool] = lambda *_: True,
-        state: list[str] | None = None,  # where shared state is served
     ) -> None:
         self.address = address
         self.make_node = make_node
         self.declared = declared
         self.on_install = on_install
-        self.state = state or []
         self.shared = Shared()
         self.rng = random.Random(new_peer_id())  # noqa: S311 (jitter, not a key)
         self.context: zmq.Context[Any] = zmq.Context()
@@ -122,7 +120,7 @@ class Agent:
     def _incarnate(self, who: mb.Identity) -> None:
         node = self.make_node(who.peer)
         addresses = list(node.addresses)[: m.ADDRESSES_MAX]
-        who = replace(who, addresses=addresses, state=self.state)
+        who = replace(who, addresses=addresses)
         self.node = node
         self.socket = connect_dealer(self.context, self.address, identity(who.peer))
         self.member = mb.Member(who, self.rng)
@@ -222,8 +220,6 @@ class Agent:
             self.node.set_peers(
                 [(c["peer"], slots[c["peer"]], c["addresses"]) for c in effect.contacts]
             )
-            with self.shared.changed:
-                self.shared.contacts = effect.contacts
         ours = not done or self.on_install(view["id"], effect.install["tags"], effect.void)
         self._step(mb.Installed(view["id"], done))
         if not ours:

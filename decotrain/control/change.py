@@ -340,7 +340,6 @@ class Changes:
                     host=hello.host,
                     launch=hello.launch,
                     addresses=hello.addresses,
-                    state=hello.state,
                     key=hello.key,
                 )
             )
@@ -388,7 +387,6 @@ class Changes:
                 "name": member.name,
                 "host": member.host,
                 "addresses": member.addresses,
-                "state": member.state,
                 "key": member.key,
             }
             for member in c.record.members
@@ -461,7 +459,6 @@ class Changes:
                     host=hello.host if hello else "",
                     launch=hello.launch if hello else "",
                     addresses=hello.addresses if hello else [],
-                    state=hello.state if hello else [],
                     key=hello.key if hello else b"",
                 )
             )

@@ -130,7 +130,6 @@ class Identity:
     host: str = ""
     launch: str = ""
     addresses: list[str] = field(default_factory=list)
-    state: list[str] = field(default_factory=list)
     key: bytes = b""
     share: float = 1.0
     config: dict[str, Any] | None = None
@@ -366,7 +365,6 @@ class Member:
             host=me.host,
             launch=me.launch,
             addresses=me.addresses,
-            state=me.state,
             key=me.key,
             share=me.share,
             config=me.config,

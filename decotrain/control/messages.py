@@ -52,7 +52,6 @@ contact = record(
     name=name,
     host=text(256),
     addresses=addresses,
-    state=addresses,
     key=blob(0, 64),
 )
 
@@ -72,7 +71,6 @@ class Hello:
     host: Annotated[str, text(256)]
     launch: Annotated[str, text(128)]  # who started us, equal for the process that replaces us
     addresses: Annotated[list[str], addresses]  # of its data plane
-    state: Annotated[list[str], addresses]  # where it serves shared state
     key: Annotated[bytes, blob(0, 64)]  # reserved for the data plane
     share: Annotated[float, number(0, 1e6)]
     config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]

@@ -48,7 +48,6 @@ class RecordMember:
     host: str
     launch: str
     addresses: list[str] = field(default_factory=list)
-    state: list[str] = field(default_factory=list)
     key: bytes = b""
 
 
@@ -74,7 +73,6 @@ _check_member = fields_of(
     host=text(256),
     launch=text(128),
     addresses=sequence(text(256), m.ADDRESSES_MAX),
-    state=sequence(text(256), m.ADDRESSES_MAX),
     key=blob(0, 64),
 )
 _check = fields_of(
