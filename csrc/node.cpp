@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kMaxNodeEvents = 4096;
 constexpr std::uint64_t kChunksWanted = 16;
 constexpr std::uint64_t kChunkStep = 4096;
-constexpr std::uint64_t kChunkElementsMax = 262144;
+constexpr std::uint64_t kChunkElementsMax = 65536;  // a few chunks fit a second-level cache
 
 const char* name_of(EventKind kind) {
   switch (kind) {

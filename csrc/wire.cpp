@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "simd.h"
+
 #define XXH_INLINE_ALL
 #include "xxhash.h"
 
@@ -84,7 +86,19 @@ std::optional<Header> parse(std::span<const std::byte, kHeaderBytes> bytes) {
   return h;
 }
 
+#if defined(__x86_64__)
+std::uint64_t digest_avx2(const void* bytes, std::size_t count);
+std::uint64_t digest_avx512(const void* bytes, std::size_t count);
+#endif
+
 std::uint64_t digest(std::span<const std::byte> bytes) {
+#if defined(__x86_64__)
+  constexpr std::size_t kLong = 1024;  // wide registers pay from about here
+  if (bytes.size() >= kLong) {
+    if (simd() == Simd::avx512) return digest_avx512(bytes.data(), bytes.size());
+    if (simd() == Simd::avx2) return digest_avx2(bytes.data(), bytes.size());
+  }
+#endif
   return XXH3_64bits(bytes.data(), bytes.size());
 }
 

@@ -5,10 +5,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <thread>
 
 #include "node.h"
 #include "segments.h"
+#include "simd.h"
 
 namespace decotrain {
 namespace {
@@ -192,6 +194,50 @@ TEST_CASE("segments of three types are one space") {
   b[10] = 0x7f80;
   CHECK_THROWS_AS(encode_segments(spec, segments, {}, false, {}), NotFinite);
   CHECK(first_not_finite(segments) == 1);
+}
+
+TEST_CASE("a large buffer comes and goes past the cache with the same bits") {
+  for (const std::size_t offset : {0u, 1u}) {  // aligned and not
+    const std::size_t n = (std::size_t{2} << 20) + 77;
+    std::vector<float> room = values_of(n + 1, 3);
+    room[offset + 12345] = -0.0f;
+    room[offset + 12346] = 1e-40f;
+    const Segments segments = {{Codec::f32, reinterpret_cast<std::byte*>(room.data() + offset), n}};
+    RoundSpec spec;
+    spec.elements = n;
+    spec.chunk_elements = default_chunk_elements(n);
+    const Snapshot snapshot = encode_segments(spec, segments, {}, false, {});
+    CHECK(std::memcmp(snapshot.bytes, room.data() + offset, n * sizeof(float)) == 0);
+    RoundResult result;
+    result.spec = spec;
+    for (std::uint32_t i = 0; i < chunk_count(spec); ++i) {
+      result.chunks.push_back(snapshot.bytes + std::size_t{i} * spec.chunk_elements * 4);
+      result.chunk_bytes.push_back(static_cast<std::uint32_t>(chunk_elements(spec, i) * 4));
+    }
+    std::fill(room.begin(), room.end(), 5.0f);
+    decode_segments(result, segments);
+    CHECK(std::memcmp(snapshot.bytes, room.data() + offset, n * sizeof(float)) == 0);
+    CHECK(room[offset == 0 ? n : 0] == 5.0f);
+    room[offset + n / 2] = std::numeric_limits<float>::infinity();
+    CHECK_THROWS_AS(encode_segments(spec, segments, {}, false, {}), NotFinite);
+    room[offset + n / 2] = 1.0f;
+    room[offset + n - 1] = std::numeric_limits<float>::quiet_NaN();
+    CHECK_THROWS_AS(encode_segments(spec, segments, {}, false, {}), NotFinite);
+  }
+}
+
+TEST_CASE("the digest is the same at every SIMD level") {
+  std::vector<float> values = values_of(5000, 1);
+  const auto bytes = std::as_bytes(std::span(values));
+  for (const std::size_t size : {0u, 17u, 500u, 1023u, 1024u, 4099u, 20000u}) {
+    const Simd before = set_simd(Simd::scalar);
+    const std::uint64_t expected = digest(bytes.first(size));
+    for (const Simd level : {Simd::avx2, Simd::avx512, Simd::neon}) {
+      set_simd(level);
+      CHECK(digest(bytes.first(size)) == expected);
+    }
+    set_simd(before);
+  }
 }
 
 TEST_CASE("error feedback keeps what the codec lost") {
