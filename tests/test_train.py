@@ -1,0 +1,230 @@
+"""`decotrain train` with real processes: a peer killed and back, Ctrl-C, resume, summary, sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(300)  # many processes that import torch
+
+WAIT_S = 100.0
+TINY = [
+    "data.path=text", "model=tiny", "model.width=16", "model.hidden=24", "model.context=16",
+    "model.layers=2", "batch=1", "outer.sync_every=5", "inner.warmup_steps=5",
+    "every.evaluation=5", "every.checkpoint=4", "held_out_windows=8", "final_windows=16",
+    "sample_bytes=20",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(run_dir: Path) -> Path:
+    """A folder with some text to train on."""
+    words = b"the quick brown fox jumps over the lazy dog and runs away from it again. "
+    (run_dir / "text").mkdir()
+    for number in range(60):
+        (run_dir / "text" / f"{number}.txt").write_bytes(words[number % 30 :] * 20)
+    return run_dir
+
+
+class Running:
+    """A `decotrain train` of ours."""
+
+    def __init__(self, place: Path, *arguments: str) -> None:
+        self.output = place / f"output-{len(list(place.glob('output-*')))}"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "decotrain.cli", "train", *TINY, *arguments],
+                cwd=place,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(Path(__file__).parent.parent),
+                    "DECOTRAIN_CACHE": str(place / "cache"),
+                },
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def until(self, true: Callable[[], Any], what: str) -> Any:
+        """What `true` returns once it is something."""
+        deadline_s = time.monotonic() + WAIT_S
+        while not (found := true()):
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.text}"
+            assert time.monotonic() < deadline_s, f"no {what}:\n{self.text}"
+            time.sleep(0.05)  # between two looks at a file of another process
+        return found
+
+    def end(self) -> str:
+        """Waits for the end; what it printed."""
+        assert self.process.wait(WAIT_S) == 0, self.text
+        return self.text
+
+
+@pytest.fixture
+def start(place: Path) -> Iterator[Callable[..., Running]]:
+    """Starts runs, and leaves none behind."""
+    runs: list[Running] = []
+
+    def make(*arguments: str) -> Running:
+        runs.append(Running(place, *arguments))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGINT)
+            try:
+                run.process.wait(30)
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
+
+
+def journal(folder: Path, peer: str, kind: str) -> list[dict[str, Any]]:
+    """Whole lines of one kind that a peer has written."""
+    try:
+        lines = (folder / f"{peer}.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def digests(folder: Path, peer: str) -> dict[int, str]:
+    """SHA-256 of the outer state after each round, by version."""
+    return {event["round"]: event["digest"] for event in journal(folder, peer, "round")}
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Command lines, by process id, of living processes that name the folder (Linux)."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line:
+            found[int(entry.parent.name)] = line
+    return found
+
+
+def test_a_killed_peer_comes_back_and_everybody_holds_the_same(
+    place: Path, start: Callable[..., Running]
+) -> None:
+    """kill -9, rejoin with state from a survivor, Ctrl-C, resume, the end."""
+    folder = place / "runs" / "first"
+    run = start("name=first", "peers=3", "steps=1000000")
+    run.until(lambda: len(digests(folder, "peer-2")) >= 3, "third round of peer-2")
+    victim = journal(folder, "peer-2", "start")[0]
+    os.kill(victim["pid"], signal.SIGKILL)
+
+    back = run.until(lambda: journal(folder, "peer-2", "start")[1:], "peer-2 again")[0]
+    assert back["id"] != victim["id"], "a restarted process is a new peer"
+    assert back["step"] >= 15, "it began at the beginning instead of fetching state"
+    run.until(
+        lambda: [e for e in journal(folder, "peer-2", "round") if e["round"] > back["round"] + 3
+                 and e["counted"]],
+        "round with the new peer-2",
+    )  # fmt: skip
+    assert "peer-2 lost (killed by SIGKILL), 2 remain" in run.text
+    assert "peer-2 is back at step" in run.text
+    run.until(lambda: list(folder.glob("checkpoints/peer-1/round-*")), "checkpoint")
+
+    one, two, three = (digests(folder, f"peer-{number}") for number in (1, 2, 3))
+    both = sorted(set(one) & set(three))
+    assert len(both) > 5
+    assert [one[number] for number in both] == [three[number] for number in both]
+    shared = sorted(set(one) & set(two))
+    assert shared[-1] > back["round"]
+    assert [one[number] for number in shared] == [two[number] for number in shared]
+
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(WAIT_S) == 130
+    command = re.search(r"to go on: decotrain train (.*)", run.text)
+    assert command, run.text
+    assert "name=first resume=auto" in command[1]
+    assert not processes_of(folder), "a process was left behind"
+
+    saved = max(int(p.name[-6:]) for p in folder.glob("checkpoints/peer-*/round-*"))
+    steps = (saved + 6) * 5
+    text = start("name=first", "resume=auto", "peers=3", f"steps={steps}").end()
+    assert f"resuming from round {saved}" in text
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == saved + 6
+    assert len(summary["digests"]) == 3
+    assert len(set(summary["digests"].values())) == 1
+    assert not processes_of(folder)
+
+
+def test_rounds_go_on_while_the_coordinator_is_gone(
+    place: Path, start: Callable[..., Running]
+) -> None:
+    folder = place / "runs" / "first"
+    run = start("name=first", "peers=2", "steps=1000000")
+    run.until(lambda: len(digests(folder, "peer-1")) >= 3, "third round")
+    (victim,) = [pid for pid, line in processes_of(folder).items() if " coordinator " in line]
+    before = max(digests(folder, "peer-1"))
+    os.kill(victim, signal.SIGKILL)
+    run.until(lambda: "coordinator lost (killed by SIGKILL)" in run.text, "notice of the loss")
+    run.until(lambda: max(digests(folder, "peer-1")) > before + 10, "more rounds")
+    assert len(journal(folder, "peer-1", "start")) == 1, "a peer was lost with the coordinator"
+    one, two = (digests(folder, f"peer-{number}") for number in (1, 2))
+    both = set(one) & set(two)
+    assert len(both) > 10
+    assert all(one[number] == two[number] for number in both)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(WAIT_S) == 130
+    assert not processes_of(folder)
+
+
+def test_a_whole_run_with_its_baseline(place: Path, start: Callable[..., Running]) -> None:
+    folder = place / "runs" / "whole"
+    text = start("name=whole", "peers=2", "steps=100", "baseline=true").end()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == 20
+    assert len(set(summary["digests"].values())) == 1
+    assert 0 < summary["held_out_nats"] < 6
+    assert 0 < summary["alone_nats"] < 6
+    assert summary["sent_bytes"] > 0
+    assert "one peer alone" in text
+    assert "sample" in text
+    assert "\x1b" not in text
+    losses = journal(folder, "peer-1", "evaluation") + journal(folder, "peer-2", "evaluation")
+    assert [event["round"] for event in sorted(losses, key=lambda e: e["round"])] == [5, 10, 15, 20]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert {"start", "round", "evaluation", "progress", "end", "summary"} <= {
+        event["event"] for event in events
+    }
+    assert list(folder.glob("tensorboard/peer-1/events.*"))
+
+
+def test_a_sweep_is_one_run_for_each_value(place: Path, start: Callable[..., Running]) -> None:
+    start("-m", "name=sweep", "peers=2", "steps=20", "outer.lr=0.4,0.7").end()
+    found = {
+        json.loads((folder / "config.json").read_text())["outer"]["lr"]: folder
+        for folder in (place / "runs" / "sweep").iterdir()
+        if folder.is_dir()
+    }
+    assert set(found) == {0.4, 0.7}
+    assert all((folder / "summary.json").is_file() for folder in found.values())
+
+
+def test_peers_that_cannot_start_say_why(place: Path, start: Callable[..., Running]) -> None:
+    """What only a peer can notice reaches the user as one line too."""
+    start("name=first", "peers=2", "steps=40").end()
+    run = start("name=first", "peers=2", "steps=80", "resume=auto", "model.hidden=32")
+    assert run.process.wait(WAIT_S) == 2
+    assert "resume with the options the run was started with" in run.text
+    assert "Traceback" not in run.text
