@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from decotrain import checkpoint
+from decotrain.control import client
 
 pytestmark = pytest.mark.timeout(300)  # many processes that import torch
 
@@ -174,6 +178,11 @@ def test_rounds_go_on_while_the_coordinator_is_gone(
     folder = place / "runs" / "first"
     run = start("name=first", "peers=2", "steps=1000000")
     run.until(lambda: len(digests(folder, "peer-1")) >= 3, "third round")
+    address = re.search(r"coordinator at (\S+)", run.text)
+    assert address, run.text
+    known = client.status(address[1])
+    assert sorted(peer["name"] for peer in known["peers"]) == ["peer-1", "peer-2"]
+    assert {peer["role"] for peer in known["peers"]} == {"active"}
     (victim,) = [pid for pid, line in processes_of(folder).items() if " coordinator " in line]
     before = max(digests(folder, "peer-1"))
     os.kill(victim, signal.SIGKILL)
@@ -223,8 +232,15 @@ def test_a_sweep_is_one_run_for_each_value(place: Path, start: Callable[..., Run
 
 def test_peers_that_cannot_start_say_why(place: Path, start: Callable[..., Running]) -> None:
     """What only a peer can notice reaches the user as one line too."""
-    start("name=first", "peers=2", "steps=40").end()
-    run = start("name=first", "peers=2", "steps=80", "resume=auto", "model.hidden=32")
+    checkpoint.write(
+        place / "runs" / "first" / "checkpoints" / "peer-1",
+        3,
+        {"w": torch.zeros(1)},
+        {"outer.0.theta": torch.zeros(7)},
+        {"outer": {"versions": [4], "tokens": [0.0]}},
+    )
+    run = start("name=first", "peers=1", "steps=80", "resume=auto")
     assert run.process.wait(WAIT_S) == 2
+    assert "shape (7,)" in run.text
     assert "resume with the options the run was started with" in run.text
     assert "Traceback" not in run.text

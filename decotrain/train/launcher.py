@@ -147,6 +147,7 @@ class Launcher:
             self.folder,
             ["--listen", listen, "--run", settings.name, "--record", str(record)],
         )
+        self._note(f"coordinator at {self.address.removeprefix('tcp://')}")
 
     def _start_peer(self, name: str, resume: Path | None = None) -> None:
         self.tails.setdefault(name, Tail(self.folder / f"{name}.jsonl"))
