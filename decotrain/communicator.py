@@ -53,6 +53,7 @@ class Communicator:
         self._ready = False
         self._left = False
         self._counters = {"rounds": 0, "lost_rounds": 0}
+        self._traffic: dict[int, list[int]] = {}  # peer -> bytes out, in; of all ever seen
         self._shared = SharedState(self)
         self._agent = Agent(
             asked.address,
@@ -362,8 +363,11 @@ class Communicator:
             links = self._agent.shared.node.links()
         except RuntimeError:
             links = []
-        figures["bytes_out"] = sum(link["sent_bytes"] for link in links)
-        figures["bytes_in"] = sum(link["received_bytes"] for link in links)
+        for link in links:  # a link's counters go when its peer leaves the view
+            seen = self._traffic.setdefault(link["peer"], [0, 0])
+            seen[:] = max(seen[0], link["sent_bytes"]), max(seen[1], link["received_bytes"])
+        figures["bytes_out"] = sum(sent for sent, _ in self._traffic.values())
+        figures["bytes_in"] = sum(received for _, received in self._traffic.values())
         figures["links_up"] = sum(bool(link["up"]) for link in links)
         figures["epoch"] = self._agent.shared.view & 0xFFFFFFFF
         return figures

@@ -45,6 +45,7 @@ class Peer:
         self.number, self.enter = number, enter
         self.digests: dict[int, str] = {}
         self.theta: list[torch.Tensor] = []
+        self.sent: list[float] = []  # bytes, after each round
         self.error: BaseException | None = None
         self.outer: OuterOptimizer | None = None
         self.until = 1 << 30
@@ -78,6 +79,7 @@ class Peer:
                 with self.moved:
                     self.digests[outer.rounds()] = outer.digest()
                     self.theta.append(outer.fragments[0].theta.clone())
+                    self.sent.append(comm.figures()["bytes_out"])
                     self.moved.notify_all()
         comm.leave()
 
@@ -124,5 +126,6 @@ def test_a_newcomer_holds_what_the_others_hold(enter: Callable[[int], Communicat
     for number, digest in newcomer.digests.items():
         known = {peer.digests[number] for peer in peers if number in peer.digests}
         assert known <= {digest}, f"round {number} differs"
+    assert peers[0].sent == sorted(peers[0].sent), "bytes that were sent are forgotten"
     assert newcomer.outer is not None
     assert newcomer.outer.comm.peer in newcomer.outer.last_contributors
