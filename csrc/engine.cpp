@@ -301,6 +301,10 @@ const View& Engine::view() const { return impl_->view; }
 
 bool Engine::frozen() const { return impl_->frozen; }
 
+#ifdef DT_PLANT
+void Engine::plant(Plant bug) { impl_->plant = bug; }
+#endif
+
 std::vector<Event> Engine::take_events() { return std::exchange(impl_->events, {}); }
 
 }  // namespace decotrain

@@ -163,6 +163,19 @@ struct Install {
   std::vector<RoundPlan> rounds;
 };
 
+// Bugs on purpose, so that tests can show that they would be found. Only builds with DT_PLANT can
+// switch one on; in others the compiler removes every trace.
+enum class Plant : std::uint8_t {
+  none = 0,
+  apply_before_stable = 1,  // a complete round is handed over without waiting for DONE
+  counted_twice = 2,        // a contribution that comes again is added again
+  value_forgotten = 3,      // a dead owner's chunk is done again although we have its result
+  stale_frame = 4,          // frames of older views are taken
+  waived_added = 5,         // a waived contribution that comes late is added after all
+  value_kept = 6,           // a value that is not the plan's survives the INSTALL
+  goes_on = 7               // a frozen peer goes on in its old view after its report
+};
+
 class Engine {
  public:
   Engine(PeerId self, EngineOptions options);
@@ -204,6 +217,10 @@ class Engine {
   const View& view() const;
   bool frozen() const;
   std::vector<Event> take_events();
+
+#ifdef DT_PLANT
+  void plant(Plant bug);
+#endif
 
   struct Impl;  // engine_impl.h, for the files that implement it
 

@@ -154,7 +154,10 @@ struct Engine::Impl {
   std::size_t parked_bytes = 0;
   std::vector<Event> events;
 #ifdef DT_PLANT
-  int planted = 0;
+  Plant plant = Plant::none;
+  bool planted(Plant bug) const { return plant == bug; }
+#else
+  static constexpr bool planted(Plant) { return false; }
 #endif
 };
 

@@ -38,7 +38,7 @@ bool test(const std::byte* map, std::size_t i) {
 
 Incoming Impl::on_header(PeerId from, const Header& header, double now) {
   if (header.view > view.id) return {Accept::later, nullptr, nullptr, "of a newer view"};
-  if (header.view < view.id) return dropped("of an older view");
+  if (header.view < view.id && !planted(Plant::stale_frame)) return dropped("of an older view");
   if (frozen) return dropped("frozen");
   const Member* const peer = member(from);
   if (peer == nullptr || roles.self == kNoSlot) return dropped("not of this view");
@@ -79,7 +79,8 @@ Incoming Impl::on_header(PeerId from, const Header& header, double now) {
 }
 
 void Impl::on_payload(PeerId from, const Header& header, Incoming incoming, double now) {
-  if (incoming.accept != Accept::take || header.view != view.id || frozen) return;
+  if (incoming.accept != Accept::take || frozen) return;
+  if (header.view != view.id && !planted(Plant::stale_frame)) return;
   const Member* const peer = member(from);
   if (peer == nullptr || header.src != peer->slot) return;
   if (header.type == FrameType::open || header.type == FrameType::have) {
@@ -196,6 +197,9 @@ Incoming Impl::admit_contribution(const Round& round, const Member& from,
   const Chunk& chunk = round.chunks[header.chunk];
   if (!from.active) return dropped("observers do not contribute");
   if (chunk.owner != roles.self) return dropped("not our chunk");
+  const bool again = planted(Plant::counted_twice) && !chunk.held;
+  const bool late = planted(Plant::waived_added) && (chunk.waived & bit(from.slot)) != 0;
+  if (again || late) return {Accept::take, nullptr, nullptr, ""};
   if (chunk.held) return dropped("the chunk has its value");
   if (((chunk.received | chunk.waived | round.skipped) & bit(from.slot)) != 0) {
     return dropped("counted before");
@@ -222,6 +226,8 @@ Incoming Impl::admit_result(const Round& round, const Member& from, const Header
     if (header.b != chunk.digest || header.a != chunk.contributors || header.c != chunk.born) {
       return dropped("not the value of the plan");
     }
+  } else if (planted(Plant::stale_frame)) {
+    return {Accept::take, nullptr, nullptr, ""};
   } else if (chunk.owner != from.slot || header.c != view.id) {
     return dropped("not from the chunk's owner");
   }
@@ -242,6 +248,7 @@ bool Impl::corrupt(Round& round, const Member& from, const Header& header,
 void Impl::take_contribution(Round& round, const Member& from, const Header& header,
                              Incoming& incoming, double now) {
   Chunk& chunk = round.chunks[header.chunk];
+  if (planted(Plant::waived_added) && chunk.held) round.drop_value(header.chunk);
   const auto weight = std::bit_cast<double>(header.a);
   if (corrupt(round, from, header, incoming) && round.corrupt[from.slot] <= kCorruptAsked) return;
   const bool sound =

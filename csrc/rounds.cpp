@@ -107,6 +107,10 @@ void Impl::check_stable(Round& round) {
   for (const auto& [seq, other] : tags[round.tag].rounds) {
     if (seq < round.seq && !other.settled) return;
   }
+  if (planted(Plant::apply_before_stable)) {
+    end(round, Outcome::stable);
+    return;
+  }
   if (round.stable_by_plan) {
     end(round, round.digest == round.plan_digest ? Outcome::stable : Outcome::lost);
     return;

@@ -84,7 +84,7 @@ Report Impl::freeze(FreezeId id) {
   // A FREEZE that the installed view has answered, or an older one, arrives late: it stops nothing.
   if (id > answered && id >= newest_freeze) {
     newest_freeze = id;
-    frozen = true;
+    frozen = !planted(Plant::goes_on);
     for (PeerQueue& queue : queues) queue.clear();
   }
   Report report;
@@ -98,7 +98,11 @@ Report Impl::freeze(FreezeId id) {
     for (const StableRound& stable : tag.stable) one.stable.emplace_back(stable.seq, stable.digest);
     report.tags.push_back(std::move(one));
     for (const auto& [seq, round] : tag.rounds) {
-      if (round.known && !round.settled) report.rounds.push_back(round.report());
+      if (!round.known || round.settled) continue;
+      report.rounds.push_back(round.report());
+      for (std::size_t c = 0; planted(Plant::value_forgotten) && c < round.chunks.size(); ++c) {
+        if (round.chunks[c].sender != roles.self) report.rounds.back().chunks[c].born = 0;
+      }
     }
   }
   return report;
@@ -106,7 +110,8 @@ Report Impl::freeze(FreezeId id) {
 
 bool Impl::install(const Install& plan, double now) {
   check(plan);
-  if (!frozen || plan.answers != newest_freeze || plan.view.id <= view.id) return false;
+  if (!frozen && !planted(Plant::goes_on)) return false;
+  if (plan.answers != newest_freeze || plan.view.id <= view.id) return false;
   const bool was_active = roles.self_active();
   view = plan.view;
   adopt_roles();
@@ -153,11 +158,13 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool rep
   const auto seq = static_cast<std::int64_t>(last.seq);
   const bool differs = seq == plan.stable && plan.digest != 0 && plan.digest != last.digest;
   if (seq <= plan.stable && !differs) return;
-  events.push_back({EventKind::diverged, id, last.seq, self,
-                    "we returned a round that the view does not know: our state is void"});
   // A plan made from our report continues the state we have applied, even if it goes back behind
-  // rounds we know (a new generation).
-  if (!reported || tag.applied > plan.stable) tag.applied = -1;
+  // rounds we know of (a new generation).
+  if (!reported || tag.applied > plan.stable) {
+    events.push_back({EventKind::diverged, id, last.seq, self,
+                      "we returned a round that the view does not know: our state is void"});
+    tag.applied = -1;
+  }
   tag.run_first = 0;
   tag.run_last = -1;
   tag.stable.clear();
@@ -242,6 +249,7 @@ bool Impl::install_chunk(Round& round, std::uint32_t c, const ChunkPlan& plan) {
   chunk.owner_has_ours = false;
   const bool value = plan.kind == ChunkPlan::Kind::value;
   if (!value || chunk.digest != plan.digest || chunk.contributors != plan.contributors) {
+    if (planted(Plant::value_kept) && chunk.held) return true;
     round.drop_value(c);
   }
   chunk.fixed = value;

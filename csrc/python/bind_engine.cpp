@@ -290,5 +290,11 @@ void bind_engine(nb::module_& m) {
           "plan"_a, "now"_a)
       .def("view", [](const Engine& engine) { return to_map(engine.view()); })
       .def_prop_ro("frozen", &Engine::frozen)
-      .def("take_events", &events);
+      .def("take_events", &events)
+#ifdef DT_PLANT
+      .def(
+          "plant", [](Engine& engine, std::uint8_t bug) { engine.plant(static_cast<Plant>(bug)); },
+          "bug"_a)
+#endif
+      ;
 }

@@ -10,6 +10,23 @@ using namespace decotrain::test;
 namespace {
 
 constexpr int kActions = 1500;
+constexpr std::uint32_t kSeeds = 300;
+#ifdef DT_PLANT
+constexpr std::uint32_t kSeedsForPlant = 500;
+#endif
+
+WorldOptions options_of(std::uint32_t seed) {
+  WorldOptions options;
+  options.peers = 2 + seed % 4;
+  options.elements = seed % 3 == 0 ? 5 : seed % 3 == 1 ? 200 : 30000;
+  options.chunk_elements = seed % 3 == 2 ? 4000 : 64;
+  options.rounds = 6;
+  if (seed % 5 == 0) {
+    options.engine.grace_s = 0.05;
+    options.engine.quorum = 0.5;
+  }
+  return options;
+}
 
 std::string run(std::uint32_t seed, WorldOptions options) {
   options.chaos = true;
@@ -33,19 +50,26 @@ std::string run(std::uint32_t seed, WorldOptions options) {
 }  // namespace
 
 TEST_CASE("agreement and progress under churn") {
-  for (std::uint32_t seed = 0; seed < 400; ++seed) {
-    CAPTURE(seed);
-    WorldOptions options;
-    options.peers = 2 + seed % 4;
-    options.elements = seed % 3 == 0 ? 5 : seed % 3 == 1 ? 200 : 30000;
-    options.chunk_elements = seed % 3 == 2 ? 4000 : 64;
-    options.rounds = 6;
-    if (seed % 5 == 0) {
-      options.engine.grace_s = 0.05;
-      options.engine.quorum = 0.5;
-    }
-    const std::string fault = run(seed, options);
-    INFO(fault);
+  for (std::uint32_t seed = 0; seed < kSeeds; ++seed) {
+    const std::string fault = run(seed, options_of(seed));
+    INFO("seed ", seed, ": ", fault);
     CHECK(fault.empty());
   }
 }
+
+#ifdef DT_PLANT
+TEST_CASE("a planted bug is found") {
+  for (std::uint8_t bug = 1; bug <= static_cast<std::uint8_t>(Plant::goes_on); ++bug) {
+    std::uint32_t seed = 0;
+    std::string fault;
+    for (; fault.empty() && seed < kSeedsForPlant; ++seed) {
+      WorldOptions options = options_of(seed);
+      options.plant = static_cast<Plant>(bug);
+      fault = run(seed, options);
+    }
+    INFO("bug ", static_cast<int>(bug));
+    CHECK_FALSE(fault.empty());
+    MESSAGE("bug ", static_cast<int>(bug), " with seed ", seed - 1, ": ", fault.substr(0, 80));
+  }
+}
+#endif

@@ -18,6 +18,16 @@ RoundSpec spec_of(const WorldOptions& options) {
   return spec;
 }
 
+// Of what the caller gets, not of what the engine says about it.
+std::uint64_t bits_of(const RoundResult& result) {
+  std::vector<std::uint64_t> words;
+  for (std::size_t c = 0; c < result.chunks.size(); ++c) {
+    words.push_back(digest({result.chunks[c], result.chunk_bytes[c]}));
+    words.push_back(result.contributors[c]);
+  }
+  return digest(std::as_bytes(std::span(words)));
+}
+
 }  // namespace
 
 World::World(std::uint32_t seed, WorldOptions chosen) : options_(chosen), rng_(seed) {
@@ -30,6 +40,9 @@ void World::join() {
   one.id = 1000 + peers_.size();
   one.slot = static_cast<std::uint8_t>(next_slot_++);
   one.engine = std::make_unique<Engine>(one.id, options_.engine);
+#ifdef DT_PLANT
+  one.engine->plant(options_.plant);
+#endif
   std::vector<std::pair<std::uint32_t, std::int64_t>> covered;
   for (std::uint32_t tag = 0; tag < options_.tags; ++tag) covered.emplace_back(tag, -1);
   one.engine->declare(covered);
@@ -201,16 +214,17 @@ void World::apply(Peer& peer, std::uint32_t tag, const RoundResult& result) {
     return;
   }
   check_sum(peer, result);
+  const std::uint64_t bits = bits_of(result);
   auto& digests = truth_[{tag, result.seq}];
   for (const auto& [other, digest] : digests) {
-    if (digest == result.digest) continue;
+    if (digest == bits) continue;
     violations_.push_back("round " + std::to_string(tag) + "/" + std::to_string(result.seq) +
                           ": peers " + std::to_string(peer.id) + " and " + std::to_string(other) +
                           " returned different bits");
   }
-  digests[peer.id] = result.digest;
+  digests[peer.id] = bits;
   if (seq <= state.version) return;  // the fetched state has it
-  const std::uint64_t words[2] = {state.chain, result.digest};
+  const std::uint64_t words[2] = {state.chain, bits};
   state.chain = digest(std::as_bytes(std::span(words)));
   state.version = seq;
   peer.engine->set_covered(tag, seq);
@@ -277,6 +291,13 @@ void World::check() {
   }
 }
 
+void World::late_install() {
+  if (installs_.empty()) return;
+  const std::size_t back = 1 + random(std::min<std::size_t>(installs_.size(), 3));
+  Peer& late = peers_[random(peers_.size())];
+  if (late.alive) late.engine->install(installs_[installs_.size() - back], now);
+}
+
 void World::act() {
   now += kTick;
   const std::uint64_t dice = random(1000);
@@ -300,6 +321,8 @@ void World::act() {
     auto [from, to, frame] = old_frames_[random(old_frames_.size())];
     const int k = static_cast<int>(random(static_cast<std::uint64_t>(options_.streams)));
     if (peers_[to].alive && peers_[from].alive) streams_[{from, to, k}].frames.push_back(frame);
+  } else if (dice < 45 && !installs_.empty()) {
+    late_install();
   } else if (dice < 100) {
     begin_some();
   } else if (dice < 150) {

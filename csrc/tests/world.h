@@ -53,6 +53,7 @@ struct WorldOptions {
   std::uint64_t rounds = 3;  // of each tag
   EngineOptions engine;
   bool chaos = false;
+  Plant plant = Plant::none;
 };
 
 class World {
@@ -81,6 +82,7 @@ class World {
 
  private:
   std::uint64_t random(std::uint64_t n) { return rng_() % n; }
+  void late_install();
   void send_one(std::size_t from, std::size_t to);
   bool deliver(std::size_t from, std::size_t to, Stream& stream);
   void begin(Peer& peer, std::uint32_t tag);
@@ -102,6 +104,7 @@ class World {
   std::vector<std::pair<std::size_t, std::size_t>> resets_;  // (who, about whom), to be told
   std::vector<std::tuple<std::size_t, std::size_t, Frame>> old_frames_;
   std::map<std::pair<std::uint32_t, std::uint64_t>, std::map<PeerId, std::uint64_t>> truth_;
+  std::vector<Install> installs_;  // all so far: some arrive late
   std::vector<std::string> violations_;
   ViewId view_id_ = ViewId{1} << 32;
   std::uint64_t freeze_number_ = 0;

@@ -29,6 +29,7 @@ void World::change_view(bool lossy) {
     if (lossy && random(10) == 0) continue;  // its report is not heard, or it hears no FREEZE
     reports[i] = peers_[i].engine->freeze(id);
     if (lossy && random(12) == 0) reports.erase(i);
+    if (lossy && random(4) == 0) late_install();
   }
   if (reports.empty() || (lossy && random(10) == 0)) return;  // the coordinator died
   // Nobody decides without an active peer of the last view (V10).
@@ -43,8 +44,10 @@ void World::change_view(bool lossy) {
   if (!someone) new_generation(reports);
   const Install made = plan(reports, in, !someone);
   view_id_ = made.view.id;
+  installs_.push_back(made);
   for (const std::size_t i : in) {
     for (std::uint64_t k = lossy ? random(6) : 0; k > 0; --k) move(false);
+    if (lossy && random(4) == 0) late_install();
     if (lossy && random(10) == 0) continue;
     if (peers_[i].alive) peers_[i].engine->install(made, now);
   }
