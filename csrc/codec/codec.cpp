@@ -64,8 +64,8 @@ Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t beg
   Place out;
   u8* base = reinterpret_cast<u8*>(bytes);
   out.codes = base + before.codes;
-  if (all.scales > 0) out.scales = base + all.codes + before.scales;
-  if (all.exponents > 0) out.exponents = base + all.codes + all.scales + before.exponents;
+  out.scales = base + all.codes + before.scales;
+  out.exponents = base + all.codes + all.scales + before.exponents;
   return out;
 }
 

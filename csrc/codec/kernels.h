@@ -16,7 +16,7 @@ using block::u8;
 
 constexpr std::size_t kPart = 1024;  // a multiple of every block size
 
-// The encoded bytes of one part. Sections a codec does not have are null.
+// The encoded bytes of one part. Sections a codec does not have are empty.
 struct Place {
   u8* codes = nullptr;
   u8* scales = nullptr;

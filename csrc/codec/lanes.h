@@ -428,7 +428,7 @@ void accumulate_with(const Place& in, std::size_t elements, float weight, bool f
 }
 
 template <typename V>
-constexpr Kernels make_kernels() {
+constexpr Kernels make_kernels() noexcept {
   return {{encode_with<V, F32>, encode_with<V, Bf16>, encode_with<V, F16>, encode_with<V, Int8>,
            encode_with<V, E2m1>, encode_with<V, E3m0>, encode_with<V, Int2>},
           {decode_with<V, F32>, decode_with<V, Bf16>, decode_with<V, F16>, decode_with<V, Int8>,

@@ -132,7 +132,7 @@ struct Avx2 {
 }  // namespace
 
 extern const Kernels kAvx2Kernels;
-const Kernels kAvx2Kernels = make_kernels<Avx2>();
+constinit const Kernels kAvx2Kernels = make_kernels<Avx2>();
 
 }  // namespace decotrain
 #endif

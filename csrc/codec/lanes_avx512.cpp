@@ -77,7 +77,7 @@ struct Avx512 {
 }  // namespace
 
 extern const Kernels kAvx512Kernels;
-const Kernels kAvx512Kernels = make_kernels<Avx512>();
+constinit const Kernels kAvx512Kernels = make_kernels<Avx512>();
 
 }  // namespace decotrain
 #endif

@@ -142,7 +142,7 @@ struct Neon {
 }  // namespace
 
 extern const Kernels kNeonKernels;
-const Kernels kNeonKernels = make_kernels<Neon>();
+constinit const Kernels kNeonKernels = make_kernels<Neon>();
 
 }  // namespace decotrain
 #endif

@@ -40,7 +40,7 @@ bool blocks(std::size_t elements, std::size_t size, Each each) {
 template <u32 width>
 u32 get(const u8* codes, std::size_t i) {
   constexpr std::size_t group = 128 / width;
-  const u8 byte = codes[i / group * 16 + i % 16];
+  const u32 byte = codes[i / group * 16 + i % 16];
   return byte >> (i % group / 16 * width) & ((1u << width) - 1);
 }
 

@@ -90,16 +90,16 @@ void put_index(u8* bytes, std::size_t i, u32 index) {
   u8* at = bytes + i / 2 * 3;
   if (i % 2 == 0) {
     at[0] = static_cast<u8>(index);
-    at[1] = static_cast<u8>((at[1] & 0xf0) | index >> 8);
+    at[1] = static_cast<u8>((u32{at[1]} & 0xf0) | index >> 8);
   } else {
-    at[1] = static_cast<u8>((at[1] & 0x0f) | (index & 15) << 4);
+    at[1] = static_cast<u8>((u32{at[1]} & 0x0f) | (index & 15) << 4);
     at[2] = static_cast<u8>(index >> 4);
   }
 }
 
 u32 get_index(const u8* bytes, std::size_t i) {
   const u8* at = bytes + i / 2 * 3;
-  return i % 2 == 0 ? at[0] | (at[1] & 15u) << 8 : at[1] >> 4 | static_cast<u32>(at[2]) << 4;
+  return i % 2 == 0 ? u32{at[0]} | (u32{at[1]} & 15u) << 8 : u32{at[1]} >> 4 | u32{at[2]} << 4;
 }
 
 bool encode_chunk(std::span<const float> values, const Layout& at, u8* out) {
@@ -186,7 +186,7 @@ bool topk_add(const std::byte* bytes, std::size_t k, float weight, std::span<flo
                         const Pair levels = levels_of(chunk, at);
                         const u8* codes = chunk + at.index_bytes;
                         for (std::size_t i = 0; i < at.kept; ++i) {
-                          const u32 code = codes[i / 4] >> (i % 4 * 2) & 3u;
+                          const u32 code = u32{codes[i / 4]} >> (i % 4 * 2) & 3u;
                           float& sum = total[first + get_index(chunk, i)];
                           sum = add(sum, mul(weight, int2_value(code, levels.low, levels.high)));
                         }
