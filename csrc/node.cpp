@@ -256,10 +256,8 @@ void Node::finish_ready() {
 
 void Node::forward_events() {
   for (Event& event : engine_.take_events()) {
-    if (event.kind == EventKind::stable) {
-      // Ours are handed over through their Work; what is left was missed.
-      if (engine_.missed(event.tag).empty()) continue;
-    }
+    // Ours are handed over through their Work; what is left was missed.
+    if (event.kind == EventKind::stable && engine_.missed(event.tag).empty()) continue;
     emit({name_of(event.kind), event.tag, event.seq, event.peer, std::move(event.detail)});
   }
   for (net::MeshEvent& event : mesh_->take_events()) {

@@ -14,7 +14,7 @@ using Impl = Engine::Impl;
 
 namespace {
 
-constexpr std::size_t kMaxHaveBytes = kSpecBytes + 2 * ((kMaxChunks + 7) / 8);
+constexpr std::size_t kMaxHaveBytes = kSpecBytes + std::size_t{2} * ((kMaxChunks + 7) / 8);
 
 Incoming dropped(const char* why) { return {Accept::drop, nullptr, nullptr, why}; }
 Incoming refused(const char* why) { return {Accept::refuse, nullptr, nullptr, why}; }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <span>
 #include <string>
@@ -42,8 +43,10 @@ Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const 
 // The result into the caller's segments; a chunk to which nobody contributed gives zeros.
 void decode_segments(const RoundResult& result, const Segments& segments);
 
-struct NotFinite {
-  std::size_t segment = 0;
+struct NotFinite : std::exception {
+  explicit NotFinite(std::size_t which) : segment(which) {}
+  const char* what() const noexcept override { return "a value is not finite"; }
+  std::size_t segment;
 };
 
 }  // namespace decotrain

@@ -268,8 +268,10 @@ void Mesh::check_hello(Stream& s, Clock at) {
     close(s, wrong, at);
     return;
   }
+  // NOLINTBEGIN(bugprone-unchecked-optional-access): without a hello something was wrong above
   s.peer = hello->b;
   s.index = hello->chunk;
+  // NOLINTEND(bugprone-unchecked-optional-access)
   const Link* link = link_of(s.peer);
   if (link == nullptr) {
     s.state = Stream::State::waiting;  // its view may be ahead of ours: set_peers decides

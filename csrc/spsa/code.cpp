@@ -12,9 +12,8 @@ std::uint8_t encode(float value) {
   const float magnitude = std::fabs(value);
   // The first entry that is not below; the nearer of it and the one before.
   const float* above = std::lower_bound(std::begin(kMagnitude), std::end(kMagnitude), magnitude);
-  if (above == std::end(kMagnitude)) {
-    --above;
-  } else if (above != std::begin(kMagnitude) && magnitude - above[-1] < above[0] - magnitude) {
+  if (above == std::end(kMagnitude) ||
+      (above != std::begin(kMagnitude) && magnitude - above[-1] < above[0] - magnitude)) {
     --above;
   }
   const auto k = static_cast<std::uint8_t>(above - std::begin(kMagnitude));
