@@ -136,6 +136,7 @@ class FakeComm:
                 here.digests.add(digest)
                 assert len(here.digests) == 1, "peers computed from different outer states"
             run.settle(tag, seq)
+            run.changed.notify_all()
         return FakeWork(self, tag, seq, out)
 
     def all_reduce(

@@ -13,7 +13,7 @@ from decotrain.communicator import Communicator, join
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.outer import DiLoCo, OuterOptimizer
-from tests.test_outer import assert_close, batch, loss_of, make_model, reference
+from tests.outer_runs import assert_close, batch, loss_of, make_model, reference
 
 WAIT_S = 60.0
 SYNC_EVERY = 4
