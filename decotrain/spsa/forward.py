@@ -171,11 +171,14 @@ class Perturbed:
         frame = Frame(module, base=self.scratch.used)
         self.frames.append(frame)
         with self._unwatched():
+            copies: dict[int, torch.Tensor] = {}  # tied names share one
             for site in self.sites.get(module, ()):
                 held = site.owner._parameters[site.name]
                 if held is None or id(held) not in self.indices:
                     continue  # a module around this one has perturbed it already
-                put(site.owner, site.name, self._copy(site.index))
+                if site.index not in copies:
+                    copies[site.index] = self._copy(site.index)
+                put(site.owner, site.name, copies[site.index])
                 frame.swapped.append((site.owner, site.name, held))
 
     def _copy(self, index: int) -> torch.Tensor:
@@ -266,15 +269,18 @@ class Perturbed:
                         f"SPSA cannot perturb {name}: {function} uses it outside of any module's "
                         "forward. Use it inside a module, or leave it out with select=..."
                     )
-                self._add(user, self._home(index))
+                for site in self._homes(index):
+                    self._add(user, site)
         raise ConfigError("SPSA cannot find out which modules use which parameters of this model")
 
-    def _home(self, index: int) -> Site:
-        for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is self.space.parameters[index]:
-                    return Site(module, name, index)
-        raise AssertionError(f"parameter {index} is in no module")
+    def _homes(self, index: int) -> list[Site]:
+        """Every name the parameter has: with tied weights nobody knows which one is read."""
+        return [
+            Site(module, name, index)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is self.space.parameters[index]
+        ]
 
 
 class _Running(Sequence[torch.nn.Module]):
