@@ -18,6 +18,7 @@ from bench.common import RESULTS, ROOT, Report, Settings, log, markdown, write_r
 SUITES = {
     "codecs": ("bench.codecs", "encode, decode and combine against torch and memcpy"),
     "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
+    "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
     "recovery": ("bench.recovery", "seconds from a peer's death to the next stable round"),
     "join": ("bench.join", "seconds from start to active, and what the others notice of it"),
     "kills": ("bench.kills", "training through kills: time and loss against an undisturbed run"),

@@ -1,4 +1,4 @@
-"""The command line: `decotrain train`, `coordinator`, `status`.
+"""The command line: `decotrain train`, `coordinator`, `status`, `replay`, `seedlog`.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
 input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
@@ -27,6 +27,8 @@ decotrain: train one model on machines that share nothing but the internet
   decotrain coordinator --listen HOST:PORT
                                        the process that decides who is in a run
   decotrain status HOST:PORT           who is in, and how they are
+  decotrain replay BASE LOG -o OUT     a base model and a seed log become the tuned model
+  decotrain seedlog show LOG           what a seed log holds
   decotrain --version
 
 `decotrain COMMAND --help` says more.
@@ -65,7 +67,13 @@ def configs() -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train, "coordinator": coordinator, "status": status}
+    commands = {
+        "train": train,
+        "coordinator": coordinator,
+        "status": status,
+        "replay": lambda rest: _seeds(["replay", *rest]),
+        "seedlog": lambda rest: _seeds(["seedlog", *rest]),
+    }
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -84,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _seeds(words: list[str]) -> int:
+    from decotrain.spsa import commands  # imports torch
+
+    return commands.main(words)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import zlib
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from decotrain import cli
 from decotrain.errors import FileError
-from decotrain.spsa import SPSA, Recipe, commands, seedlog
+from decotrain.spsa import SPSA, Recipe, seedlog
 from decotrain.spsa.record import Record
 from decotrain.spsa.replay import cheaper_by_replay, replay
 from decotrain.spsa.space import Layout
@@ -151,10 +151,7 @@ def test_base_and_log_give_the_model(options: dict[str, object], tmp_path: Path)
     spsa.finish()
     for step in (25, 13, 1):
         arguments = ["replay", base, log, "-o", output, "--to-step", str(step)]
-        parser = argparse.ArgumentParser()
-        commands.add_parsers(parser.add_subparsers())
-        parsed = parser.parse_args(arguments)
-        assert parsed.func(parsed) == 0
+        assert cli.main(arguments) == 0
         assert replay(base, log, output, step, threads=2) == digests[step - 1]
         if step == 25:
             tuned = load_file(output)
@@ -205,10 +202,7 @@ def test_a_run_goes_on_where_its_log_ends(tmp_path: Path) -> None:
 
 def test_show_prints_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path / "a", records(5))
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers())
-    parsed = parser.parse_args(["seedlog", "show", str(tmp_path / "a"), "--steps"])
-    assert parsed.func(parsed) == 0
+    assert cli.main(["seedlog", "show", str(tmp_path / "a"), "--steps"]) == 0
     out = capsys.readouterr().out
     assert "steps              5" in out
     assert "step 4" in out

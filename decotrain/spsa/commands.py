@@ -1,4 +1,4 @@
-"""What `decotrain replay` and `decotrain seedlog show` do; cli.py parses and calls.
+"""What `decotrain replay` and `decotrain seedlog show` do; cli.py calls `main`.
 
 decotrain replay base.safetensors run.seedlog -o tuned.safetensors [--to-step N] [--threads N]
 decotrain seedlog show run.seedlog [--steps]
@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from decotrain.spsa import code, seedlog
 
 
+def main(words: Sequence[str]) -> int:
+    """Runs `replay ...` or `seedlog show ...`; its exit code."""
+    parser = argparse.ArgumentParser(prog="decotrain")
+    add_parsers(parser.add_subparsers(required=True))
+    arguments = parser.parse_args(words)
+    code: int = arguments.func(arguments)
+    return code
+
+
 def add_parsers(commands: Any) -> None:
-    """Adds both commands to argparse's `add_subparsers()` object; each sets `func`."""
+    """Both commands as argparse's sub-parsers; each sets `func`."""
     parser = commands.add_parser("replay", help="base + seed log -> tuned model")
     parser.add_argument("base", help="safetensors file the run started from")
     parser.add_argument("log", help="seed log of the run")

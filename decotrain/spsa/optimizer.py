@@ -103,7 +103,7 @@ class SPSA:
         """Measure, send, and apply what is due. `loss_fn` runs the model's forward and returns
         the loss; it is called 2 * samples times (samples + 1 when one-sided) on one batch."""
         self._last.clear()
-        self._catch_up(wait=False)
+        self._catch_up()
         step = self.version + len(self._flying)
         loss, scalars = self.measure(step, loss_fn)
         data = payload(step, code.encode(scalars))
@@ -138,16 +138,17 @@ class SPSA:
             self._apply(result)
         elif result.seq >= self.version:  # rounds went by without us
             self._flying.clear()
-            self._catch_up(wait=True)
+            self._catch_up()
 
-    def _catch_up(self, wait: bool) -> None:
-        if self.comm is None:
+    def _catch_up(self) -> None:
+        """Rounds that went on without us, or the state of the others. With rounds of ours in
+        flight this waits: the communicator answers the next of them with "lost" if need be."""
+        if self.comm is None or self._flying:
             return
-        before = self.version
-        if not self._flying:
-            after = self.comm.catch_up(self.tag, self._apply, wait=wait)
-            if after != before + len(self._last):
-                self._fetched()
+        before, known = self.version, len(self._last)
+        after = self.comm.catch_up(self.tag, self._apply, wait=True)
+        if after != before + len(self._last) - known:
+            self._fetched()
 
     def _fetched(self) -> None:
         """The parameters came from the others: a log that was begun cannot go on."""
