@@ -2,7 +2,7 @@
 
     python -m tests.spsa_peer ADDRESS NAME STEPS FOLDER [OPTIONS as JSON]
 
-Leaves after STEPS steps of its own, or at the version that stands in FOLDER/until once that is there.
+Leaves after STEPS steps of its own, or at the version in FOLDER/until once that is there.
 Writes "version digest" for every version it holds to FOLDER/NAME.txt, a line at a time.
 """
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from decotrain.errors import ConfigError, RoundError
+from decotrain.errors import ConfigError, RoundError, StateError
 from decotrain.spsa import code, kernels, replay, seedlog
 from decotrain.spsa.forward import Perturbed
 from decotrain.spsa.pool import Pool
@@ -133,26 +133,37 @@ class SPSA:
         return self.comm.collect(data, tag=self.tag, max_bytes=2 + code.SAMPLES_MAX)
 
     def _land(self) -> None:
+        """Apply the oldest record in flight; or, when rounds went by without us, all that we can
+        get. Results of ours that are already there must not be dropped: nobody sends them again."""
         result = self._flying.popleft().wait()
         if result.outcome == "stable" and result.seq == self.version:
             self._apply(result)
-        elif result.seq >= self.version:  # rounds went by without us
-            self._flying.clear()
+            return
+        results = [result, *(work.wait() for work in self._flying)]
+        self._flying.clear()
+        held = {one.seq: one for one in results if one.outcome == "stable"}
+        self._catch_up()
+        while (ours := held.get(self.version)) is not None:
+            self._apply(ours)
             self._catch_up()
+        if any(seq > self.version for seq in held):
+            raise StateError(
+                f"records before {min(seq for seq in held if seq > self.version)} are missing here "
+                f"(version {self.version}) and nobody offers them: restart this peer"
+            )
 
     def _catch_up(self) -> None:
         """Rounds that went on without us, or the state of the others. With rounds of ours in
         flight this waits: the communicator answers the next of them with "lost" if need be."""
         if self.comm is None or self._flying:
             return
-        before, known = self.version, len(self._last)
-        after = self.comm.catch_up(self.tag, self._apply, wait=True)
-        if after != before + len(self._last) - known:
+        self.comm.catch_up(self.tag, self._apply, wait=True)
+        self.space.publish()  # it may have been fetched
+        if self._log is not None and self._log.next_step != self.version:
             self._fetched()
 
     def _fetched(self) -> None:
         """The parameters came from the others: a log that was begun cannot go on."""
-        self.space.publish()
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -254,6 +265,8 @@ class SPSA:
 
     def _writer(self) -> seedlog.Writer | None:
         """Opened before the first record is applied: its base is what the parameters are now."""
+        if self._log is not None and self._log.next_step != self.version:
+            self._fetched()
         if self._log is None and self._log_path is not None:
             if self.pool is not None and self.version:
                 return None  # the sums over the pool's seeds began before this log would
