@@ -97,6 +97,18 @@ void Channel::limit_unsent(std::size_t bytes) {
   set_int(fd_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, static_cast<int>(bytes));
 }
 
+bool Channel::same_host() const {
+  Address far;
+  far.length = sizeof far.storage;
+  if (is_unix_) return true;
+  if (getpeername(fd_.get(), far.get(), &far.length) != 0) return false;
+  return far.origin() == bound_address(fd_.get()).origin();
+}
+
+void Channel::limit_in_flight(std::size_t bytes) {
+  set_int(fd_.get(), SOL_SOCKET, SO_SNDBUF, static_cast<int>(bytes));
+}
+
 Fd listen_on(const Address& address) {
   Fd fd(::socket(address.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd) return fd;

@@ -60,7 +60,9 @@ class Channel {
   double rtt_s() const;       // as the kernel measures it, from the handshake on; 0: unknown
   // Slows down at every lost packet (Reno, CUBIC), as opposed to BBR.
   bool fears_loss() const;
-  void limit_unsent(std::size_t bytes);  // what the kernel may hold and has not sent yet
+  bool same_host() const;
+  void limit_in_flight(std::size_t bytes);  // what the kernel may hold, sent or not
+  void limit_unsent(std::size_t bytes);     // what the kernel may hold and has not sent yet
 
  private:
   Fd fd_;
@@ -70,6 +72,7 @@ class Channel {
 struct SocketOptions {
   std::size_t tcp_notsent_bytes = std::size_t{512} << 10;  // what waits unsent in the kernel,
   std::size_t long_notsent_bytes = 64 << 10;               // on a long path
+  std::size_t local_buffer_bytes = 256 << 10;  // within a host: small enough to stay in cache
   std::size_t unix_buffer_bytes = std::size_t{2} << 20;
   double user_timeout_s = 30.0;
 };
