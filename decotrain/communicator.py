@@ -231,11 +231,15 @@ class Communicator:
         except (TypeError, ValueError) as error:
             raise RoundError(f"round of tag {tag}: {error}") from None
         except RuntimeError as error:
-            self._check_over()
-            if incarnation != shared.incarnation:
+            if self._between(incarnation, error):
                 return Work(self, tag, None, incarnation, out)
             raise RoundError(f"round of tag {tag}: {error}") from None
         return Work(self, tag, work, incarnation, out)
+
+    def _between(self, incarnation: int, error: RuntimeError) -> bool:
+        """Did a call fail because this peer comes back as another incarnation?"""
+        self._check_over()
+        return incarnation != self._agent.shared.incarnation or "closed" in str(error)
 
     def _lost(self, tag: int) -> Result:
         self._counters["lost_rounds"] += 1

@@ -102,8 +102,7 @@ class Work:
                     )
             held = self._work.result()
         except RuntimeError as error:
-            comm._check_over()
-            if self._incarnation != comm._agent.shared.incarnation:
+            if comm._between(self._incarnation, error):
                 return comm._lost(self.tag)
             raise RoundError(f"round {self.seq} of tag {self.tag}: {error}") from None
         if held is None:  # results came to us that must be taken first

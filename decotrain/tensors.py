@@ -37,8 +37,6 @@ def elements(tensor: Any) -> int:
 
 def readable(tensor: Any, place: str) -> Any:
     """A buffer with the tensor's values: itself where possible, else a contiguous copy."""
-    if not hasattr(tensor, "dtype"):
-        raise RoundError(f"{place} is a {type(tensor).__name__}, not a torch tensor or numpy array")
     name = dtype_name(tensor)
     if name not in (*WIRE_TYPES, "float64"):
         raise RoundError(f"{place} is {name}; rounds take float32, bfloat16, float16 and float64")
@@ -102,6 +100,10 @@ def check_round(tag: int, weight: float, given: list[Any], places: list[Any]) ->
         raise RoundError(f"tag {tag} is not in 0..4095")
     if not (math.isfinite(weight) and weight >= 0):
         raise RoundError(f"weight {weight} is not a finite number of at least 0")
+    for n, tensor in enumerate([*given, *places]):
+        if not hasattr(tensor, "dtype"):
+            kind = type(tensor).__name__
+            raise RoundError(f"tensor {n} is a {kind}, not a torch tensor or numpy array")
     if not given or sum(map(elements, given)) == 0:
         raise RoundError("a round needs at least one value")
     if list(map(elements, given)) != list(map(elements, places)):

@@ -1,0 +1,327 @@
+"""The communicator over real sockets: peers are threads of this process, each with its own node."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decotrain.communicator import Communicator, Result, join
+from decotrain.control import client
+from decotrain.control.coordinator import Options
+from decotrain.control.server import ServerThread
+from decotrain.errors import (
+    ConfigError,
+    LeftError,
+    NotFiniteError,
+    RefusedError,
+    RoundError,
+    StateError,
+    UnreachableError,
+    WaitTimeoutError,
+)
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def coordinator() -> Iterator[ServerThread]:
+    server = ServerThread(Options(min_peers=2))
+    yield server
+    server.stop()
+
+
+def together(*actions: Callable[[], Any]) -> list[Any]:
+    """Runs each action in a thread of its own; their results, or the first exception."""
+    results: list[Any] = [None] * len(actions)
+    errors: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            results[index] = actions[index]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(actions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "an action hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
+class Trainer:
+    """Adds every result to its state: a round's effect is visible and depends on the order."""
+
+    def __init__(self, comm: Communicator, value: float) -> None:
+        self.comm, self.value = comm, value
+        self.weights = np.zeros(1000, dtype=np.float32)
+        comm.register_state(0, {"weights": self.weights})
+        self.seen: list[tuple[int, int]] = []  # seq, digest
+        self.stop = threading.Event()
+
+    def apply(self, result: Result) -> None:
+        self.seen.append((result.seq, result.digest))
+        with self.comm.updating(0):
+            if result.contributors:
+                self.weights *= 0.5
+                self.weights += np.asarray(result.tensor)
+
+    def round(self) -> Result:
+        self.comm.catch_up(0, self.apply)
+        values = np.full(1000, self.value, dtype=np.float32)
+        result = self.comm.all_reduce(values, op="sum").wait(WAIT_S)
+        if result.outcome == "stable":
+            self.apply(result)
+        else:
+            self.comm.catch_up(0, self.apply, wait=True, timeout_s=WAIT_S)
+        return result
+
+    def rounds(self, until: int) -> None:
+        self.comm.catch_up(0, self.apply, wait=True, timeout_s=WAIT_S)
+        while self.comm.version(0) < until and not self.stop.is_set():
+            self.round()
+
+
+def make(address: str, value: float, **options: Any) -> Trainer:
+    return Trainer(join(address, timeout_s=WAIT_S, **options), value)
+
+
+def agree(*trainers: Trainer) -> None:
+    """Equal digests for every round that two of them have seen, and equal state."""
+    known: dict[int, int] = {}
+    for trainer in trainers:
+        for seq, digest in trainer.seen:
+            assert known.setdefault(seq, digest) == digest, f"round {seq} has two results"
+    for trainer in trainers:
+        assert np.array_equal(trainer.weights, trainers[0].weights)
+
+
+def test_a_run_of_one_needs_no_coordinator() -> None:
+    with join("local") as comm:
+        values = np.arange(5, dtype=np.float32)
+        result = comm.all_reduce(values).wait(WAIT_S)
+        assert result.contributors == (comm.peer,)
+        assert result.tensor is values
+        assert comm.slot == 0
+        assert comm.active
+        assert comm.members[0].peer == comm.peer
+
+
+def test_everybody_gets_the_sum_and_the_names(coordinator: ServerThread) -> None:
+    def peer(value: float) -> tuple[Any, ...]:
+        with join(coordinator.address) as comm:
+            one = np.full(3, value, dtype=np.float32)
+            two = np.full((2, 2), 2 * value, dtype=np.float32)
+            result = comm.all_reduce([one, two], op="sum").wait(WAIT_S)
+            parts = comm.collect(bytes([int(value)]), tag=1).wait(WAIT_S).parts
+            names = tuple(member.peer for member in comm.members)
+            assert result.contributors == names
+            return one.tolist(), two.tolist(), result.digest, parts
+
+    a, b = together(lambda: peer(1.0), lambda: peer(2.0))
+    assert a == b
+    assert a[0] == [3.0] * 3
+    assert a[1] == [[6.0, 6.0]] * 2
+    assert sorted(a[3].values()) == [b"\1", b"\2"]
+
+
+def test_weights_and_torch_tensors(coordinator: ServerThread) -> None:
+    torch = pytest.importorskip("torch")
+
+    def peer(value: float, weight: float) -> Any:
+        with join(coordinator.address) as comm:
+            given = torch.full((4,), value, requires_grad=True)
+            out = torch.empty(4, dtype=torch.float32)
+            comm.all_reduce(given, weight=weight, out=out).wait(WAIT_S)
+            half = torch.full((2, 3), value, dtype=torch.bfloat16).t()  # not contiguous
+            comm.all_reduce(half, codec="bf16", tag=1).wait(WAIT_S)
+            sent = comm.broadcast(torch.full((2,), value), tag=2).wait(WAIT_S)
+            return out.tolist(), half.float().tolist(), sent.tensor.tolist(), comm.slot
+
+    results = together(lambda: peer(1.0, 1.0), lambda: peer(5.0, 3.0))
+    assert results[0][0] == results[1][0] == [4.0] * 4
+    assert results[0][1] == results[1][1] == [[3.0] * 2] * 3
+    first = next(index for index, result in enumerate(results) if result[3] == 0)
+    assert results[0][2] == results[1][2] == [(1.0, 5.0)[first]] * 2
+
+
+def test_a_poisoned_contribution_is_refused_here_and_waits_for_nobody(
+    coordinator: ServerThread,
+) -> None:
+    def poisoned() -> None:
+        with join(coordinator.address) as comm:
+            values = [np.ones(2, np.float32), np.array([np.nan], np.float32)]
+            with pytest.raises(NotFiniteError, match="tensor 1 contains NaN"):
+                comm.all_reduce(values)
+            comm.collect(None, tag=1).wait(WAIT_S)
+
+    def healthy() -> Any:
+        with join(coordinator.address) as comm:
+            result = comm.all_reduce(np.ones(3, np.float32)).wait(WAIT_S)
+            comm.collect(None, tag=1).wait(WAIT_S)
+            return result, comm.peer
+
+    result, name = together(healthy, poisoned)[0]
+    assert result.contributors == (name,)
+    assert result.tensor.tolist() == [1.0] * 3
+
+
+def test_a_newcomer_fetches_what_the_others_hold_and_takes_part(coordinator: ServerThread) -> None:
+    a, b = make(coordinator.address, 1.0), make(coordinator.address, 2.0)
+    together(lambda: a.rounds(5), lambda: b.rounds(5))
+    late: list[Trainer] = []
+
+    def newcomer() -> None:
+        late.append(make(coordinator.address, 4.0))
+        late[0].comm.catch_up(0, late[0].apply, wait=True, timeout_s=WAIT_S)
+        while not late[0].comm.active:
+            late[0].round()
+        for _ in range(5):
+            late[0].round()
+        a.stop.set()  # each runs its last round with the others
+        b.stop.set()
+
+    threads = [threading.Thread(target=t.rounds, args=(10**9,)) for t in (a, b)]
+    for thread in threads:
+        thread.start()
+    together(newcomer)
+    version = late[0].comm.version(0)
+    late[0].comm.leave()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert version >= 10
+    seen = dict(late[0].seen)
+    assert seen
+    for trainer in (a, b):
+        both = [(seen[seq], digest) for seq, digest in trainer.seen if seq in seen]
+        assert both
+        assert all(one == other for one, other in both)
+        trainer.comm.leave()
+
+
+def test_the_survivors_of_a_death_agree(coordinator: ServerThread) -> None:
+    trainers = [make(coordinator.address, float(2**n)) for n in range(3)]
+    together(*(lambda t=t: t.rounds(3) for t in trainers))
+    dead = trainers.pop()
+    threads = [threading.Thread(target=t.rounds, args=(12,)) for t in trainers]
+    for thread in threads:
+        thread.start()
+    name = dead.comm.peer
+    dead.comm.close()
+    assert client.exited(coordinator.address, "default", peer=name)
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "the survivors wait for the dead"
+    agree(*trainers)
+    for trainer in trainers:
+        trainer.comm.close()
+
+
+def test_an_evicted_peer_comes_back_by_itself(coordinator: ServerThread) -> None:
+    a, b = make(coordinator.address, 1.0), make(coordinator.address, 2.0)
+    together(lambda: a.rounds(3), lambda: b.rounds(3))
+    before = b.comm.peer
+    threads = [threading.Thread(target=t.rounds, args=(10**9,)) for t in (a, b)]
+    for thread in threads:
+        thread.start()
+    client.exited(coordinator.address, "default", peer=before)  # a mistake: it lives
+    for _ in range(int(WAIT_S / 0.05)):
+        if b.comm.peer != before and b.comm.active and a.comm.active:
+            break
+        threading.Event().wait(0.05)
+    assert b.comm.peer != before
+    assert b.comm.active
+    version = a.comm.version(0)
+    for _ in range(int(WAIT_S / 0.05)):
+        if min(a.comm.version(0), b.comm.version(0)) > version + 3:
+            break
+        threading.Event().wait(0.05)
+    assert min(a.comm.version(0), b.comm.version(0)) > version + 3
+    a.stop.set()
+    b.stop.set()
+    for trainer, thread in zip((a, b), threads, strict=True):
+        while thread.is_alive():  # whoever is a round behind is released by the other's leaving
+            thread.join(0.5)
+            if thread.is_alive():
+                other = b if trainer is a else a
+                other.comm.leave()
+    known = dict(a.seen)
+    assert all(known.get(seq, digest) == digest for seq, digest in b.seen)
+    a.comm.close()
+    b.comm.close()
+
+
+def test_leaving_takes_no_timeout_and_ends_everything(coordinator: ServerThread) -> None:
+    a, b = join(coordinator.address), join(coordinator.address)
+    together(lambda: a.members, lambda: b.members)
+    b.leave()
+    result = a.all_reduce(np.ones(2, np.float32)).wait(2.0)  # a suspicion would take 3 s
+    assert result.contributors == (a.peer,)
+    with pytest.raises(LeftError, match="has left"):
+        b.all_reduce(np.ones(2, np.float32))
+    a.close()
+
+
+def test_what_is_wrong_is_said(coordinator: ServerThread) -> None:
+    with pytest.raises(ConfigError, match="no coordinator to join"):
+        join()
+    with join("local") as comm:
+        with pytest.raises(RoundError, match="int64"):
+            comm.all_reduce(np.ones(2, np.int64))
+        with pytest.raises(RoundError, match="not a torch tensor or numpy array"):
+            comm.all_reduce("values")
+        with pytest.raises(RoundError, match="at least one value"):
+            comm.all_reduce([])
+        with pytest.raises(RoundError, match="tag 9999"):
+            comm.all_reduce(np.ones(2, np.float32), tag=9999)
+        with pytest.raises(RoundError, match="weight"):
+            comm.all_reduce(np.ones(2, np.float32), weight=-1.0)
+        with pytest.raises(RoundError, match="no codec is called"):
+            comm.all_reduce(np.ones(2, np.float32), codec="int7")
+        with pytest.raises(RoundError, match="other sizes"):
+            comm.all_reduce(np.ones(2, np.float32), out=np.ones(3, np.float32))
+        with pytest.raises(RoundError, match="max_bytes"):
+            comm.collect(b"x" * 10, max_bytes=5)
+        with pytest.raises(StateError, match="register_state first"):
+            comm.version(3)
+        with pytest.raises(StateError, match="after the first round"):
+            comm.register_state(0, {"w": np.ones(2, np.float32)})
+    alone = join(coordinator.address)  # min_peers is 2
+    with pytest.raises(WaitTimeoutError, match="no view yet"):
+        alone.all_reduce(np.ones(2, np.float32)).wait(0.1)
+    alone.close()
+
+
+def test_a_configuration_that_does_not_fit_is_refused(coordinator: ServerThread) -> None:
+    first = join(coordinator.address, config={"width": 64})
+    with join(coordinator.address) as second:
+        assert second.config == {"width": 64}
+    with pytest.raises(RefusedError, match="width: the run has 64, this peer 32"):
+        join(coordinator.address, config={"width": 32})
+    first.close()
+
+
+def test_nobody_answers(coordinator: ServerThread) -> None:
+    address = coordinator.address
+    coordinator.stop()
+    with pytest.raises(UnreachableError, match="no coordinator answers"):
+        join(address, timeout_s=0.3)
+
+
+def test_rounds_go_on_without_the_coordinator() -> None:
+    server = ServerThread(Options(min_peers=2))
+    a, b = make(server.address, 1.0), make(server.address, 2.0)
+    together(lambda: a.rounds(2), lambda: b.rounds(2))
+    server.stop()
+    together(lambda: a.rounds(20), lambda: b.rounds(20))
+    agree(a, b)
+    a.comm.close()
+    b.comm.close()
