@@ -150,7 +150,9 @@ void Impl::settle_all() {
     parked_bytes -= round.parked_bytes;
     round.snapshot = {};
     round.parked.clear();
-    if (round.complete && (roles.all & ~roles.active) != 0) tag.closed = std::move(round);
+    // Who lacks results of it: observers, and whom the plan told that it is stable.
+    const bool wanted = round.stable_by_plan || (roles.all & ~roles.active) != 0;
+    if (round.complete && wanted) tag.closed = std::move(round);
     tag.rounds.erase(found);
     std::size_t missed = 0;
     for (auto one = tag.results.rbegin(); one != tag.results.rend(); ++one) {

@@ -134,6 +134,7 @@ struct Engine::Impl {
   void install_round(const RoundPlan& plan, const TagPlan& tag_plan);
   bool install_chunk(Round& round, std::uint32_t chunk, const ChunkPlan& plan);
   void install_unplanned(Round& round, const TagPlan& plan);
+  static void remember_stable(Tag& tag, const TagPlan& plan);
   void adopt_role(Round& round, bool was_active);
   void resume(Round& round, double now);
   void leave_all();

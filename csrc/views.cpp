@@ -140,6 +140,7 @@ bool Impl::install(const Install& plan, double now) {
   settle_all();
   for (auto& [id, tag] : tags) {
     tag.next = static_cast<std::uint64_t>(tag_plans[id].stable + 1);
+    remember_stable(tag, tag_plans[id]);
     for (auto& [seq, round] : tag.rounds) {
       adopt_role(round, was_active);
       if (round.begun || round.skips) tag.next = std::max(tag.next, seq + 1);
@@ -156,14 +157,15 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool rep
   if (tag.stable.empty()) return;
   const StableRound& last = tag.stable.back();
   const auto seq = static_cast<std::int64_t>(last.seq);
-  const bool differs = seq == plan.stable && plan.digest != 0 && plan.digest != last.digest;
+  const bool differs = seq == plan.stable && plan.digest != 0 && last.digest != 0 &&
+                       plan.digest != last.digest;
   if (seq <= plan.stable && !differs) return;
   // A plan made from our report continues the state we have applied, even if it goes back behind
-  // rounds we know of (a new generation).
-  if (!reported || tag.applied > plan.stable) {
+  // rounds we know (a new generation).
+  if (!reported || differs || tag.applied > plan.stable) {
+    tag.applied = -1;
     events.push_back({EventKind::diverged, id, last.seq, self,
                       "we returned a round that the view does not know: our state is void"});
-    tag.applied = -1;
   }
   tag.run_first = 0;
   tag.run_last = -1;
@@ -177,6 +179,16 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool rep
     lost.outcome = Outcome::lost;
     result = std::move(lost);
   }
+}
+
+// What the plan knows to be stable is remembered, also by who has not got it: numbers of rounds must
+// not be given twice when all who had it are gone.
+void Impl::remember_stable(Tag& tag, const TagPlan& plan) {
+  if (plan.stable < 0) return;
+  const auto seq = static_cast<std::uint64_t>(plan.stable);
+  if (!tag.stable.empty() && tag.stable.back().seq >= seq) return;
+  tag.stable.push_back({seq, plan.digest, 0, 0});
+  if (tag.stable.size() > kStableKept) tag.stable.pop_front();
 }
 
 // A round of ours that the plan does not name: settled by the others, or still to be run.
@@ -208,7 +220,11 @@ void Impl::install_round(const RoundPlan& plan, const TagPlan& tag_plan) {
   const auto seq = static_cast<std::int64_t>(plan.seq);
   if (seq >= tag.run_first && seq <= tag.run_last) return;  // stable and in our hands
   const auto found = tag.rounds.find(plan.seq);
-  if (found == tag.rounds.end() && plan.stable && seq <= tag.applied) return;
+  const bool lacking = found == tag.rounds.end() || found->second.missing > 0;
+  if (plan.stable && seq <= tag.applied && lacking) {  // our state has its effect: no need of it
+    if (found != tag.rounds.end()) end(found->second, Outcome::lost);
+    return;
+  }
   Round& round = tag.rounds[plan.seq];
   round.tag = plan.tag;
   round.seq = plan.seq;

@@ -83,11 +83,14 @@ class SharedState:
             fragment.version = following
         finally:
             node.end_update(tag, fragment.version)
-        self.comm._on_control(lambda: self._set_version(tag, following))
-
-    def _set_version(self, tag: int, version: int) -> None:
         if not self.versions.void[tag]:
-            self.versions.updated(tag, version)
+            self.versions.updated(tag, following)
+            # Results handed to us count as covered until the engine hears of this.
+            self.comm._agent.post(lambda: self._set_covered(tag, following))
+
+    def _set_covered(self, tag: int, version: int) -> None:
+        """On the control thread."""
+        if not self.versions.void[tag]:
             self.comm._agent.node.set_covered(tag, version - 1)
 
     # --- catching up
@@ -136,6 +139,8 @@ class SharedState:
     def take_missed(self, tag: int) -> list[int]:
         """Rounds whose results wait here, in order."""
         queue = self.missed.setdefault(tag, deque())
+        if queue:
+            return [held.seq for held in queue]
         try:
             skipped = self.skipped.get(tag, [])
             while skipped and skipped[0].done():
@@ -227,9 +232,14 @@ class SharedState:
         self.skipped.clear()
         self.make_void()
 
-    def installed(self, view: int, tags: list[dict[str, int]], void: bool) -> bool:
+    def installed(self, view: int, tags: list[dict[str, int]], void: bool, adopt: bool) -> bool:
         """Right after the engine took a plan. False: our branch is void."""
-        ours = self.versions.installed(view, tags, void)
+        ours = self.versions.installed(view, tags, void, adopt)
+        for tag, fragment in self.fragments.items():
+            if adopt and fragment.void:
+                fragment.version, fragment.void = self.versions.version[tag], False
+                self.comm._agent.node.set_covered(tag, fragment.version - 1)
+                self._publish(self.comm._agent.node, tag, fragment)
         if void or not ours:
             self.make_void()
             for tag in self.fragments:

@@ -53,12 +53,19 @@ class Versions:
         for tag in self.void:
             self.void[tag] = True
 
-    def installed(self, view: int, tags: Sequence[Mapping[str, int]], void: bool) -> bool:
+    def installed(
+        self, view: int, tags: Sequence[Mapping[str, int]], void: bool, adopt: bool
+    ) -> bool:
         """Takes note of a plan. False: we hold a round that the view does not know; our branch
-        is void and we must come back as a newcomer (V11)."""
+        is void and we must come back as a newcomer (V11). With `adopt` the run goes on from what
+        we hold: a state that was void becomes the run's, as after the plan's last round."""
         self.view = view
         if void:
             self.make_void()
+        if adopt and any(self.void.values()):
+            last = {entry["tag"]: entry["stable"] for entry in tags}
+            for tag in self.version:
+                self.add(tag, last.get(tag, -1) + 1)
         ahead = False
         for entry in tags:
             tag, stable = entry["tag"], entry["stable"]

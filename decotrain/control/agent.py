@@ -79,8 +79,8 @@ class Agent:
         who: mb.Identity,
         make_node: Callable[[int], DataPlane],
         declared: Callable[[], list[tuple[int, int]]],  # tags with state, nothing held
-        # (view, tags of the plan, void) after an install; False: what we hold is void
-        on_install: Callable[[int, list[dict[str, int]], bool], bool] = lambda *_: True,
+        # (view, tags of the plan, void, adopt) after an install; False: what we hold is void
+        on_install: Callable[[int, list[dict[str, int]], bool, bool], bool] = lambda *_: True,
     ) -> None:
         self.address = address
         self.make_node = make_node
@@ -220,7 +220,8 @@ class Agent:
             self.node.set_peers(
                 [(c["peer"], slots[c["peer"]], c["addresses"]) for c in effect.contacts]
             )
-        ours = not done or self.on_install(view["id"], effect.install["tags"], effect.void)
+        tags = effect.install["tags"]
+        ours = not done or self.on_install(view["id"], tags, effect.void, effect.adopt)
         self._step(mb.Installed(view["id"], done))
         if not ours:
             self._void("it holds a round that the view does not know")
@@ -285,7 +286,7 @@ class Agent:
         with self.shared.changed:
             self.shared.incarnation += 1  # before works fail: whoever waits sees why
         old.close()
-        self._incarnate(replace(self.member.me, peer=new_peer_id()))
+        self._incarnate(replace(self.member.me, peer=new_peer_id(), void=True))
 
     def _end(self, kind: str, reason: str) -> None:
         with self.shared.changed:

@@ -210,7 +210,9 @@ class Changes:
                 if key in c.peers and key not in c.out
             }
             lineage = self._most_advanced(here)[1]
+            base = lineage
         else:
+            base = set()
             lineage = {
                 key
                 for key in freeze.reports
@@ -222,9 +224,10 @@ class Changes:
                 return False
             self._record_empty(freeze, now)
             return True
-        plan = self._make(freeze, candidates, lineage, frozenset(c.demoted))
+        void = frozenset(key for key, peer in c.peers.items() if peer.void and key not in base)
+        plan = self._make(freeze, candidates, lineage, void | c.demoted.keys())
         if not plan.active and c.demoted:
-            plan = self._make(freeze, candidates, lineage, frozenset())
+            plan = self._make(freeze, candidates, lineage, void)
         if not plan.active:
             return self._new_generation(freeze, now)
         self._install(freeze, candidates, plan, c.record.generation, now)
@@ -246,7 +249,8 @@ class Changes:
         base, lineage = self._most_advanced(reports)
         newcomers = {key for key, report in reports.items() if not report["installed"]}
         candidates = self._candidates(reports, lineage | newcomers)
-        plan = self._make(freeze, candidates, lineage, frozenset(), renew=True)
+        void = frozenset(key for key in newcomers - lineage if c.peers[key].void)
+        plan = self._make(freeze, candidates, lineage, void, renew=True)
         if not plan.active:
             return False
         for key in sorted(reports.keys() - lineage - newcomers):
@@ -265,11 +269,15 @@ class Changes:
 
     def _most_advanced(self, reports: Mapping[int, dict[str, Any]]) -> tuple[int, set[int]]:
         """The base of a generation and all peers that hold exactly the same."""
-        base = max(sorted(reports), key=lambda key: advance(reports[key]))
+        peers = self.c.peers
+        base = max(sorted(reports), key=lambda key: (not peers[key].void, advance(reports[key])))
+        if peers[base].void:
+            return base, {base}  # it reports nothing, and others that do may hold something else
         same = {
             key
             for key, report in reports.items()
-            if coverage(report) == coverage(reports[base])
+            if not peers[key].void
+            and coverage(report) == coverage(reports[base])
             and report["installed"] == reports[base]["installed"]
             and not _contradicts(report, reports[base])
         }

@@ -160,6 +160,7 @@ class Coordinator:
             return
         peer.view = max(peer.view, message.view)
         peer.current = message.current
+        peer.void = peer.void and not message.current
         if message.ready and not peer.hello.ready:
             peer.hello = replace(peer.hello, ready=True)
         peer.down = tuple(message.down)
@@ -201,6 +202,7 @@ class Coordinator:
             peer = self.peers[hello.peer] = Peer(hello=hello, heard_s=now, joined_s=now)
             self._replaces(hello, now)
             self.log("joined", f"{peer.name} from {hello.host or 'an unknown host'}", now)
+            peer.void = hello.void
         peer.hello, peer.heard_s = hello, now
         peer.view = max(peer.view, hello.view)
         if stale and self.lost_s is None:

@@ -105,6 +105,7 @@ class EngineInstall:
     install: dict[str, Any]
     contacts: list[dict[str, Any]]
     void: bool  # first forget what state was declared here: it is not the run's
+    adopt: bool  # the run goes on from what we hold, void or not
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Identity:
     share: float = 1.0
     config: dict[str, Any] | None = None
     min_peers: int = 0
+    void: bool = False  # was in the run before: its state is not what a run starts from
 
 
 class Member:
@@ -279,8 +281,12 @@ class Member:
             return
         self.heard_s = now
         self.pending = message
-        newcomer = self.view == 0 and not mine[0][2]
-        self.effects.append(EngineInstall(message.install, message.contacts, void=newcomer))
+        first, active = self.view == 0, mine[0][2]
+        self.effects.append(
+            EngineInstall(
+                message.install, message.contacts, void=first and not active, adopt=first and active
+            )
+        )
 
     def _installed(self, event: Installed, now: float) -> None:
         message, self.pending = self.pending, None
@@ -370,6 +376,7 @@ class Member:
             config=me.config,
             min_peers=me.min_peers,
             ready=self.ready,
+            void=self.me.void and not self.view,
             term=self.term,
             view=self.view,
             generation=self.generation,

@@ -76,6 +76,7 @@ class Hello:
     config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
     min_peers: Annotated[int, integer(0, PEERS_MAX)]  # 0: no wish
     ready: Annotated[bool, boolean]  # has declared its state: may be in a view
+    void: Annotated[bool, boolean]  # comes back: what it holds is neither new nor the run's
     term: Annotated[int, u32]  # highest seen
     view: Annotated[int, u64]  # installed; 0: none yet
     generation: Annotated[int, u32]

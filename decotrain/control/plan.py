@@ -57,7 +57,7 @@ def make_plan(
     candidates: list[Candidate],
     reports: Mapping[int, Mapping[str, Any]],  # by peer
     lineage: set[int],  # peers whose report says something about rounds; others are newcomers
-    demoted: frozenset[int] = frozenset(),  # observing whatever they report
+    demoted: frozenset[int] = frozenset(),  # observing whatever they report: slow, or void state
     renew: bool = False,  # a new generation: rounds that its base does not cover are lost
 ) -> Plan:
     candidates = sorted(candidates, key=lambda candidate: candidate.slot)
@@ -67,6 +67,8 @@ def make_plan(
     sources = _sources(candidates, reports, lineage)
     stable, digests = _stable_rounds(sources, renew, plan)
     rounds = _open_rounds(sources, stable, plan)
+    for key in [key for key in rounds if key[1] > stable[key[0]] + (1 if renew else 2)]:
+        del rounds[key]  # it was begun on rounds that are lost with the old generation
     values = {key: _values(key, entry, sources, plan) for key, entry in rounds.items()}
     for key in [key for key in rounds if key[1] <= stable[key[0]]]:
         if any(value is None for value in values[key]):  # its bytes are gone: who lacks it lost it
@@ -168,7 +170,7 @@ def _stable_rounds(
     for source in sources:
         for tag in source.report["tags"]:
             for seq, digest in tag["stable"]:
-                if seq != stable[tag["tag"]]:
+                if seq != stable[tag["tag"]] or digest == 0:
                     continue
                 if digests.setdefault(tag["tag"], digest) != digest:
                     plan.conflicts.append(f"round {tag['tag']}/{seq} is stable with two digests")

@@ -25,6 +25,7 @@ class Peer:
     joined_s: float
     view: int = 0  # installed, as its last message said
     current: bool = False
+    void: bool = False  # until it has fetched the run's state
     promote_after_s: float = 0.0
     down: tuple[int, ...] = ()
     routes: int = 0

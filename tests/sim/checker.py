@@ -53,7 +53,8 @@ class Checker:
     given: dict[tuple[int, int, int], Any] = field(default_factory=dict)
     returned: dict[tuple[int, int, int], list[Said]] = field(default_factory=dict)
     states: dict[tuple[int, int, int], list[Said]] = field(default_factory=dict)
-    last_returned: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
+    # (generation, tag) -> peer -> view -> last round it returned in that view
+    last_returned: dict[tuple[int, int], dict[int, dict[int, int]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
@@ -99,12 +100,13 @@ class Checker:
         for tag, held in event["held"].items():
             returned = self.last_returned.get((event["generation"], tag), {})
             for other in roles:
-                if returned.get(other, -1) > held:
-                    self._fail(
-                        "newcomer",
-                        f"{event['peer']:x} is active in {name(event['view'])} holding {tag}/{held}"
-                        f"; {other:x} has returned {tag}/{returned[other]}",
-                    )
+                for view, seq in returned.get(other, {}).items():
+                    if view < event["view"] and seq > held:
+                        self._fail(
+                            "newcomer",
+                            f"{event['peer']:x} is active in {name(event['view'])} holding "
+                            f"{tag}/{held}; {other:x} has returned {tag}/{seq} in {name(view)}",
+                        )
 
     # --- rounds
 
@@ -127,8 +129,8 @@ class Checker:
             "agreement",
             where,
         )
-        last = self.last_returned.setdefault((generation, tag), {})
-        last[peer] = max(last.get(peer, -1), seq)
+        last = self.last_returned.setdefault((generation, tag), {}).setdefault(peer, {})
+        last[view] = max(last.get(view, -1), seq)
         for chunk, (contributors, value) in enumerate(event["chunks"]):
             known = [one for one in contributors if one]
             if len(set(known)) != len(known):

@@ -34,7 +34,9 @@ class Flight:
 
 
 class SimPeer:
-    def __init__(self, world: World, peer: int, process: int, number: int) -> None:
+    def __init__(
+        self, world: World, peer: int, process: int, number: int, void: bool = False
+    ) -> None:
         self.world = world
         self.id = peer
         self.process = process  # who is started again, with another id
@@ -58,6 +60,7 @@ class SimPeer:
             name=f"p{process}",
             host="h",
             launch=f"w{process}" if options.launchers else "",
+            void=void,
             share=world.draw.choice((1.0, 1.0, 2.0, 0.0)) if options.shares else 1.0,
         )
         self.member = world.plants.member(mb.Member(who, random.Random(peer)))
@@ -146,7 +149,11 @@ class SimPeer:
             return
         self.others = [row[0] for row in view["members"] if row[0] != self.id]
         self.contacts = set(self.others)
-        ours = self.versions.installed(view["id"], effect.install["tags"], effect.void)
+        tags = effect.install["tags"]
+        ours = self.versions.installed(view["id"], tags, effect.void, effect.adopt)
+        if effect.adopt:
+            for tag, last in self.versions.declared():
+                self.engine.set_covered(tag, last)
         self.step(mb.Installed(view["id"], True))
         world.check(
             ev="install",

@@ -176,9 +176,9 @@ class World:
 
     # --- processes of peers
 
-    def start_peer(self, process: int) -> SimPeer:
+    def start_peer(self, process: int, void: bool = False) -> SimPeer:
         self.incarnations += 1
-        peer = SimPeer(self, self.draw.getrandbits(64) | 1, process, self.incarnations)
+        peer = SimPeer(self, self.draw.getrandbits(64) | 1, process, self.incarnations, void)
         self.peers[peer.id] = self.processes[process] = peer
         self.note("start", f"p{process}", peer.id)
         peer.start()
@@ -214,15 +214,13 @@ class World:
     def come_back(self, peer: SimPeer) -> None:
         if peer.alive and self.processes[peer.process] is peer:
             peer.alive = False
-            new = self.start_peer(peer.process)
+            new = self.start_peer(peer.process, void=True)
             new.stopped = peer.stopped
-            if self.draw.random() < 0.8:
-                # It still has its old state in memory: void, whatever it says.
-                for tag in new.versions.version:
-                    new.versions.version[tag] = peer.versions.version[tag]
-                    new.state[tag] = peer.state[tag]
-                new.versions.make_void()
-                new.engine.declare(new.versions.declared())
+            for tag in new.versions.version:  # it has its old state in memory
+                new.versions.version[tag] = peer.versions.version[tag]
+                new.state[tag] = peer.state[tag]
+            new.versions.make_void()
+            new.engine.declare(new.versions.declared())
 
     def live(self) -> list[SimPeer]:
         return [peer for peer in self.processes.values() if peer.alive and not peer.over]
