@@ -89,7 +89,7 @@ void Impl::offer_all(Round& round, std::uint8_t to) {
 
 bool Impl::next_frame(PeerId to, OutFrame& frame) {
   const Member* const receiver = member(to);
-  if (receiver == nullptr || frozen) return false;
+  if (receiver == nullptr) return false;
   PeerQueue& queue = queues[receiver->slot];
   for (std::deque<Outgoing>* of : {&queue.control, &queue.results, &queue.contributions}) {
     while (!of->empty()) {

@@ -85,7 +85,15 @@ Report Impl::freeze(FreezeId id) {
   if (id > answered && id >= newest_freeze) {
     newest_freeze = id;
     frozen = !planted(Plant::goes_on);
-    for (PeerQueue& queue : queues) queue.clear();
+    // What is stable is so for ever: observers may have the last of it while we are frozen.
+    for (PeerQueue& queue : queues) {
+      for (std::deque<Outgoing>* of : {&queue.control, &queue.results, &queue.contributions}) {
+        std::erase_if(*of, [this](const Outgoing& what) {
+          const Tag* const tag = find_tag(what.tag);
+          return tag == nullptr || !tag->closed || tag->closed->seq != what.seq;
+        });
+      }
+    }
   }
   Report report;
   report.installed = view.id;

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from decotrain.control.coordinator import Coordinator
 
 _EPOCH_MASK = 2**32 - 1
+SETTLE_S = 0.5  # at most, before observers are frozen after the active peers
 _GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
 _NOT_BELIEVED = ("diverged", "unfit", "void")  # whose report no plan is made from
+_ASKED_LAST = ("unfit", "stuck", "diverged")  # when nobody better is left
 _NOT_ASKED = ("exited", "kicked", "diverged", "unfit", "void")
 
 
@@ -34,6 +36,7 @@ class _Freeze:
     # An observer that wants to be active must not miss what the active peers settled just before
     # they froze: it is frozen after them, when that has had time to arrive.
     all_asked: bool
+    ask_s: float | None = None  # when
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -162,9 +165,11 @@ class Changes:
             for key in freeze.targets - freeze.reports.keys()
             if c.out.get(key, ("left",))[0] == "left"
         }
-        if not freeze.all_asked and not any(
-            key in members and members[key].active for key in waiting
-        ):
+        actives = any(key in members and members[key].active for key in waiting)
+        patient = now < (freeze.started_s + freeze.deadline_s) / 2
+        if freeze.ask_s is None and not (actives and patient):
+            freeze.ask_s = now + min(SETTLE_S, now - freeze.started_s)
+        if not freeze.all_asked and freeze.ask_s is not None and now >= freeze.ask_s:
             freeze.all_asked = True
             self._send_freeze(freeze)
         anchored = any(self._anchors(freeze, member) for member in members.values())
@@ -178,6 +183,9 @@ class Changes:
             # No active peer has answered: ask again, suspects too, and in the end go on
             # from the most advanced of those who live (V10).
             freeze.targets |= c.ready()
+            for key in [key for key, (kind, _) in c.out.items() if kind in _ASKED_LAST]:
+                if key in c.peers:
+                    del c.out[key]
             hopeless = all(
                 c.out.get(member.peer, ("",))[0] in _NOT_ASKED
                 for member in members.values()
@@ -221,6 +229,7 @@ class Changes:
         candidates = self._candidates(freeze.reports, set(freeze.reports))
         if not candidates:
             if c.record.view == 0 or c.ready() - c.out.keys():
+                freeze.targets |= c.ready()  # who has come meanwhile takes over
                 return False
             self._record_empty(freeze, now)
             return True
@@ -271,8 +280,8 @@ class Changes:
         """The base of a generation and all peers that hold exactly the same."""
         peers = self.c.peers
         base = max(sorted(reports), key=lambda key: (not peers[key].void, advance(reports[key])))
-        if peers[base].void:
-            return base, {base}  # it reports nothing, and others that do may hold something else
+        if peers[base].void or (reports[base]["installed"] and not _complete(reports[base])):
+            return base, {base}  # what it holds is not told by its report
         same = {
             key
             for key, report in reports.items()
@@ -487,6 +496,11 @@ class Changes:
         for key, peer in list(c.peers.items()):
             if key not in members and peer.hello.view:
                 c.leave_out(key, "void", "it is not in the last view", now)
+
+
+def _complete(report: Mapping[str, Any]) -> bool:
+    """Does it hold a state for every tag that carries one?"""
+    return all(tag["covered"] >= 0 for tag in report["tags"] if tag["state"])
 
 
 def _contradicts(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

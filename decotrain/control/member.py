@@ -282,10 +282,9 @@ class Member:
         self.heard_s = now
         self.pending = message
         first, active = self.view == 0, mine[0][2]
+        start = active and (first or message.generation != self.generation)
         self.effects.append(
-            EngineInstall(
-                message.install, message.contacts, void=first and not active, adopt=first and active
-            )
+            EngineInstall(message.install, message.contacts, void=first and not active, adopt=start)
         )
 
     def _installed(self, event: Installed, now: float) -> None:

@@ -196,12 +196,12 @@ def _open_rounds(
                     f"peer {source.peer:x} runs another specification in round {key[0]}/{key[1]}"
                 )
                 del source.rounds[key]
-        known = any(
-            other["begun"] or any(source.column(key, "born"))
-            for source in sources
-            if (other := source.rounds.get(key)) is not None
-        )
-        if not known:
+        # Begun only by peers that were frozen already: nobody owns anything, a fresh round.
+        knowing = [source for source in sources if key in source.rounds]
+        begun = any(source.rounds[key]["begun"] for source in knowing)
+        owned = any(set(source.column(key, "owner")) != {NO_SLOT} for source in knowing)
+        valued = any(any(source.column(key, "born")) for source in knowing)
+        if not (begun and owned) and not valued:
             del rounds[key]
     return rounds
 
@@ -291,15 +291,20 @@ class _Owners:
 
     def of(self, key: Key, chunk: int) -> tuple[int, int]:
         """(slot, what it has received)."""
-        slot = next(
-            (source.column(key, "owner")[chunk] for source in self.newest if key in source.rounds),
-            NO_SLOT,
+        owners = (  # who has begun while frozen knows of none
+            source.column(key, "owner")[chunk] for source in self.newest if key in source.rounds
         )
+        slot = next((slot for slot in owners if slot != NO_SLOT), NO_SLOT)
         keeper = self.stays.get(slot)
         if keeper is not None:
             self.load[slot] = self.load.get(slot, 0) + 1
             has = key in keeper.rounds and keeper.column(key, "owner")[chunk] == slot
             return slot, keeper.column(key, "received")[chunk] if has else 0
+        if slot in self.load:
+            # It has missed a view, so what it has received is not known; but a chunk of a collect
+            # round is at home there.
+            self.load[slot] += 1
+            return slot, 0
         if not self.able:
             return NO_SLOT, 0
         heir = min(self.able, key=lambda one: (self.load[one.slot] + 1) / (one.share or 1.0))
