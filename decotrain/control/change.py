@@ -307,7 +307,8 @@ class Changes:
                 continue
             slot = members[key].slot if key in members else free.pop(0) if free else None
             if slot is not None:  # else it waits for a slot
-                candidates.append(Candidate(key, slot, c.peers[key].hello.share))
+                was_active = key in members and members[key].active
+                candidates.append(Candidate(key, slot, c.peers[key].hello.share, was_active))
         return candidates
 
     def _joined(self, key: int) -> tuple[float, int]:

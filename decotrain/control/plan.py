@@ -9,7 +9,7 @@ coordinator's decision. The maps are those of docs/protocol.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decotrain.control.maps import NO_SLOT, pack_words, words
@@ -24,6 +24,7 @@ class Candidate:
     peer: int
     slot: int
     share: float
+    was_active: bool = False  # in the recorded view
 
 
 @dataclass
@@ -79,6 +80,8 @@ def make_plan(
             continue
         source = by_peer.get(candidate.peer)
         report = reports[candidate.peer]
+        if not candidate.was_active and source is not None:
+            source = replace(source, rounds={})  # what it holds may be of a branch since redone
         if all(_covers(report, source, tag, stable[tag], values) for tag in stable):
             plan.active.append(candidate.peer)
     owners = _Owners([one for one in candidates if one.peer in plan.active], sources)
@@ -267,14 +270,12 @@ def _covers(
         return True
     if source is None or entry is None:
         return False
-    for seq in range(entry["covered"] + 1, stable + 1):
-        held = source.rounds.get((tag, seq))
-        wanted = values.get((tag, seq))
-        if held is None or wanted is None or source.slot is None:
-            return False
-        if any(one is None or not one.holders >> source.slot & 1 for one in wanted):
-            return False
-    return True
+    if entry["covered"] >= stable:
+        return True
+    held, wanted = source.rounds.get((tag, stable)), values.get((tag, stable))
+    if entry["covered"] < stable - 1 or held is None or wanted is None or source.slot is None:
+        return False
+    return all(one is not None and one.holders >> source.slot & 1 for one in wanted)
 
 
 class _Owners:
