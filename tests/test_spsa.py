@@ -298,9 +298,41 @@ def test_bad_recipes_are_refused(options: dict[str, object], match: str) -> None
 
 
 def test_payloads_of_another_step_and_garbage_count_as_missing() -> None:
-    good = payload(65536 + 7, b"\x40\x41")
-    assert entries_of(7, {3: good, 1: b"", 2: b"\x07", 4: payload(8, b"\x40")}) == {3: b"\x40\x41"}
-    assert entries_of(7, {0: payload(7, b"\x40" * 255) + b"\x40", 64: good}) == {}
+    good = payload(65536 + 7, 9, b"\x40\x41")
+    other = payload(8, 9, b"\x40")
+    parts = {3: good, 1: b"", 2: b"\x07\x00\x09\x00", 4: other}
+    assert entries_of(7, parts) == ({3: b"\x40\x41"}, 9)
+    assert entries_of(7, {0: payload(7, 9, b"\x40" * 255) + b"\x40", 64: good}) == ({}, None)
+
+
+def test_of_peers_told_different_things_the_most_count() -> None:
+    one, two = payload(7, 1, b"a"), payload(7, 2, b"b")
+    assert entries_of(7, {0: one, 1: two, 2: two}) == ({1: b"b", 2: b"b"}, 2)
+    assert entries_of(7, {0: one, 1: two}) == ({0: b"a"}, 1)
+
+
+@pytest.mark.parametrize("odd", ["recipe", "base"])
+def test_a_peer_with_another_recipe_or_base_is_told(odd: str) -> None:
+    run = CollectRun()
+    models = [net(), net(), net(seed=1 if odd == "base" else 0)]
+    comms = [run.join(slot) for slot in range(3)]
+    lrs = [1e-3, 1e-3, 1e-3 if odd == "base" else 2e-3]
+    peers = [SPSA(model, comm, lr=lr) for model, comm, lr in zip(models, comms, lrs, strict=True)]
+    told: list[int] = []
+
+    def step(number: int) -> None:
+        try:
+            peers[number].step(loss_of(models[number]))
+        except ConfigError:
+            told.append(number)
+
+    threads = [threading.Thread(target=step, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert told == [2]
+    assert peers[0].version == 1
 
 
 # --- peers

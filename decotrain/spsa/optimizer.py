@@ -16,6 +16,7 @@ are all there is.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from decotrain.spsa import code, kernels, replay, seedlog
 from decotrain.spsa.forward import Perturbed
 from decotrain.spsa.pool import Pool
 from decotrain.spsa.recipe import Recipe, Update
-from decotrain.spsa.record import Record, entries_of, payload
+from decotrain.spsa.record import HEAD, Record, entries_of, payload
 from decotrain.spsa.space import Select, Space
 
 TAG = 3000  # of SPSA's rounds, unless the caller names another
@@ -72,6 +73,7 @@ class SPSA:
         self.threads = kernels.Threads(threads)
         self.perturbed = Perturbed(model, self.space, self.recipe, compute_dtype, self.threads)
         self.pool = Pool(self.recipe, self.space.masters) if self.recipe.pool else None
+        self._base_digest = self.space.digest()
         self._probed = False
         self._flying: deque[Any] = deque()  # works of records not applied yet, oldest first
         self._applied = 0  # records whose effect the parameters contain, when alone
@@ -106,7 +108,7 @@ class SPSA:
         self._catch_up()
         step = self.version + len(self._flying)
         loss, scalars = self.measure(step, loss_fn)
-        data = payload(step, code.encode(scalars))
+        data = payload(step, self._lineage(step), code.encode(scalars))
         self._flying.append(self._collect(step, data))
         while len(self._flying) > self.recipe.staleness:
             self._land()
@@ -127,10 +129,17 @@ class SPSA:
         if self._log is not None:
             self._log.close()
 
+    def _lineage(self, step: int) -> int:
+        """16 bits of what we were told; in the first steps of a run, of the base too."""
+        text = f"{self.recipe.digest()} {self.space.layout.to_json()}"
+        if step <= self.recipe.staleness:
+            text += self._base_digest
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "little")
+
     def _collect(self, step: int, data: bytes) -> Any:
         if self.comm is None:
             return _Alone(step, {0: data})
-        return self.comm.collect(data, tag=self.tag, max_bytes=2 + code.SAMPLES_MAX)
+        return self.comm.collect(data, tag=self.tag, max_bytes=HEAD.size + code.SAMPLES_MAX)
 
     def _land(self) -> None:
         """Apply the oldest record in flight; or, when rounds went by without us, all that we can
@@ -236,7 +245,13 @@ class SPSA:
 
     def _apply(self, result: Any) -> None:
         """The effect of one record: the same bits on every peer."""
-        record = Record(result.seq, entries_of(result.seq, result.parts))
+        entries, lineage = entries_of(result.seq, result.parts)
+        if lineage is not None and lineage != self._lineage(result.seq):
+            raise ConfigError(
+                f"this peer and most others disagree about the recipe, the parameters or the base "
+                f"(record {result.seq}): start all peers with the same options and model"
+            )
+        record = Record(result.seq, entries)
         if record.step != self.version:
             raise RoundError(f"record {record.step} does not follow version {self.version}")
         update = self.recipe.update(record.step, record.entries)
