@@ -2,9 +2,9 @@
 
 A peer's payload is the step's number (its low 16 bits), 16 bits of the digest of what it was told
 (recipe, parameters and, in the first step, the base), and one code for each sample. Everybody
-checks them, with the same outcome. A peer whose round slipped by while it measured sends scalars of noise
-that the record does not mean: they count as missing. Of peers that were told different things the
-most count, and the others find out.
+checks them, with the same outcome. A peer whose round slipped by while it measured sends scalars
+of noise that the record does not mean: they count as missing. Of peers that were told different
+things the most count, and the others find out.
 """
 
 from __future__ import annotations
