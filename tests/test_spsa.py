@@ -215,6 +215,23 @@ def test_the_scratch_is_no_larger_than_the_largest_module() -> None:
     assert buffer.numel() <= 1.05 * (64 * 256 + 256)
 
 
+def test_the_first_evaluation_needs_no_more_than_the_others() -> None:
+    """The scratch has its size before the first forward, not after it."""
+    held = []
+
+    class Layer(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            held.append(len(spsa.perturbed.scratch.spill))
+            return super().forward(x)
+
+    model = nn.Sequential(*[Layer(8, 8) for _ in range(6)])
+    spsa = SPSA(model)
+    x = torch.ones(2, 8)
+    spsa.step(lambda: model(x).sum())
+    assert held
+    assert set(held) == {0}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_parameters_have_float32_masters(dtype: torch.dtype) -> None:
     model = nn.Linear(8, 8).to(dtype)

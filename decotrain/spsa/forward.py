@@ -57,7 +57,7 @@ class Frame:
 
     module: torch.nn.Module
     swapped: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = field(default_factory=list)
-    base: int = 0  # scratch elements in use before
+    base: tuple[int, int] = (0, 0)  # what of the scratch was in use before
 
 
 def put(owner: torch.nn.Module, name: str, value: torch.Tensor) -> None:
@@ -86,6 +86,14 @@ class Scratch:
         spill = torch.empty(size, dtype=dtype, device=like.device)
         self.spill.append(spill)
         return spill
+
+    def mark(self) -> tuple[int, int]:
+        return self.used, len(self.spill)
+
+    def release(self, mark: tuple[int, int]) -> None:
+        """Give back what was taken since the mark."""
+        self.used = mark[0]
+        del self.spill[mark[1] :]
 
     def settle(self, kinds: set[tuple[torch.device, torch.dtype]]) -> None:
         """Nothing is in use: make the buffers as large as the last evaluation needed."""
@@ -168,7 +176,7 @@ class Perturbed:
     # --- hooks
 
     def _before(self, module: torch.nn.Module, args: Any) -> None:
-        frame = Frame(module, base=self.scratch.used)
+        frame = Frame(module, base=self.scratch.mark())
         self.frames.append(frame)
         with self._unwatched():
             copies: dict[int, torch.Tensor] = {}  # tied names share one
@@ -196,10 +204,9 @@ class Perturbed:
             while self.frames[-1].module is not module:
                 self._restore(self.frames.pop())
             frame = self.frames.pop()
+            kept = tree_map(self._owned, output) if frame.swapped else None
             self._restore(frame)
-            if not frame.swapped:
-                return None
-            return tree_map(self._owned, output)
+            return kept
 
     def _owned(self, value: Any) -> Any:
         """A module may return a view of its weight: that has to outlive the scratch."""
@@ -210,7 +217,7 @@ class Perturbed:
     def _restore(self, frame: Frame) -> None:
         for owner, name, parameter in reversed(frame.swapped):
             put(owner, name, parameter)
-        self.scratch.used = frame.base
+        self.scratch.release(frame.base)
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:
@@ -230,6 +237,7 @@ class Perturbed:
         """Inside, forwards of the model see theta + epsilon z(words). Gradients are off."""
         assert not self.frames, "perturbed evaluations do not nest"
         self.words, self.epsilon = words, epsilon
+        self._settle()
         modules = list(self.model.modules()) if self.watch is not None else list(self.sites)
         handles = []
         try:
@@ -243,12 +251,22 @@ class Perturbed:
                 handle.remove()
             while self.frames:
                 self._restore(self.frames.pop())
-            self.scratch.settle(
-                {
-                    (m.device, self.compute_dtype or p.dtype)
-                    for p, m in zip(self.space.parameters, self.space.masters, strict=True)
-                }
+            self._settle()
+
+    def _settle(self) -> None:
+        """At first the scratch is what the largest module needs by itself."""
+        if not self.scratch.needed:
+            entries = self.space.layout.entries
+            self.scratch.needed = max(
+                sum(-(-entries[index].size // ALIGN) * ALIGN for index in {s.index for s in sites})
+                for sites in self.sites.values()
             )
+        self.scratch.settle(
+            {
+                (m.device, self.compute_dtype or p.dtype)
+                for p, m in zip(self.space.parameters, self.space.masters, strict=True)
+            }
+        )
 
     def probe(self, loss_fn: Callable[[], Any]) -> None:
         """Find out which forwards use which parameters; call once before the first `at`."""
