@@ -21,7 +21,7 @@ SUITES = {
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
     "recovery": ("bench.recovery", "seconds from a peer's death to the next stable round"),
     "join": ("bench.join", "seconds from start to active, and what the others notice of it"),
-    "kills": ("bench.kills", "training through kills: time and loss against an undisturbed run"),
+    "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
     "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),
 }
