@@ -23,6 +23,7 @@ from decotrain.control.transport import bind_router
 from decotrain.errors import ConfigError, FileError, MessageError
 
 TICK_S = 0.05
+DUE_TICK_S = 0.005  # at most so often, while a change of view is due
 PERSIST_RETRY_S = 1.0
 
 logger = logging.getLogger("decotrain.coordinator")
@@ -59,15 +60,22 @@ class Server:
             self._carry(self.coordinator.step(Tick(), time.monotonic()))
             tick_s = time.monotonic()
             while not self.stopping.is_set() and self.stopped is None:
-                pause_s = max(0.0, tick_s + TICK_S - time.monotonic())
+                pause_s = max(0.0, self._next_tick(tick_s) - time.monotonic())
                 if self.socket.poll(int(pause_s * 1000) + 1):
                     self._receive()
-                if time.monotonic() >= tick_s + TICK_S:
+                if time.monotonic() >= self._next_tick(tick_s):
                     tick_s = time.monotonic()
                     self._carry(self.coordinator.step(Tick(), tick_s))
         finally:
             self.socket.close()
             self.context.term()
+
+    def _next_tick(self, last_s: float) -> float:
+        """Survivors wait for a change that is due: it does not wait for the usual tick."""
+        due_s = self.coordinator.due_s
+        if due_s is None:
+            return last_s + TICK_S
+        return min(last_s + TICK_S, max(due_s, last_s + DUE_TICK_S))
 
     def stop(self) -> None:
         self.stopping.set()
