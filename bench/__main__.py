@@ -19,7 +19,7 @@ SUITES = {
     "codecs": ("bench.codecs", "encode, decode and combine against torch and memcpy"),
     "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
-    "recovery": ("bench.recovery", "seconds from a peer's death to the next stable round"),
+    "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),
     "join": ("bench.join", "seconds from start to active, and what the others notice of it"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import kills
+from bench import kills, recovery
 from bench.common import Settings
 
 GIVEN = {11: 1, 12: 2, 13: 4, 14: 8}
@@ -47,3 +47,10 @@ def test_kills() -> None:
     counts = {name: stats["median"] for name, stats in report.rows[0]["metrics"].items()}
     assert counts["trials"] == 4
     assert counts["wrong"] == counts["hangs"] == counts["broken_groups"] == 0, report.notes
+
+
+def test_recovery() -> None:
+    report = recovery.run(Settings(quick=True, repeats=1, options={"mib": "8", "stops": "0"}))
+    metrics = report.rows[0]["metrics"]
+    assert metrics["view_ms"]["median"] < 3000  # the launcher's word, not the coordinator's bound
+    assert metrics["redo_ms"]["median"] > metrics["view_ms"]["median"]
