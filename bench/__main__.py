@@ -20,7 +20,7 @@ SUITES = {
     "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
     "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),
-    "join": ("bench.join", "seconds from start to active, and what the others notice of it"),
+    "join": ("bench.join", "a newcomer fetches a live run's state, and what the others notice"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
     "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),

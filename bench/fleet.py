@@ -42,7 +42,7 @@ def worker(address: str, name: str, peers: int, pipe: Connection) -> None:
     from decotrain.communicator import join
 
     comm = join(address, name=name, min_peers=peers, timeout_s=HANG_S)
-    state = SimpleNamespace(comm=comm, name=name)
+    state = SimpleNamespace(comm=comm, name=name, pipe=pipe)
     pipe.send((True, comm.peer))
     with contextlib.suppress(EOFError):  # the parent has ended
         while (task := pipe.recv()) is not None:

@@ -112,7 +112,7 @@ class Bed:
         given, start_s = self.begin()
         sleep_until(start_s + delay_s)
         hit_s = victim.signal(number)
-        taken = {"result": self.finish(survivors, given) - hit_s}
+        taken = {"result": self.finish(survivors, given) - hit_s, "delay": delay_s}
         seen = ask_all(survivors, views)
         without = [
             [at_s for at_s, ids in one if at_s > hit_s and victim.id not in ids] for one in seen
@@ -133,36 +133,36 @@ class Bed:
 
 def killed(report: Report, settings: Settings, mib: float, peers: int) -> None:
     """Death against the undisturbed remainder and against redoing."""
-    rows: dict[str, list[float]] = {
-        name: []
-        for name in ("round", "round_of_survivors", "remainder", "result", "redo", "seen", "view")
-    }
-    shares = []
+    names = ("round", "round_of_survivors", "delay", "result", "redo", "seen", "view")
+    rows: dict[str, list[float]] = {name: [] for name in names}
     with Fleet(peers) as fleet:
         bed = Bed(fleet, int(mib * MIB / 4), settings.seed)
         bed.fill()
         rounds = [bed.whole() for _ in range(WARMUP + 1)][WARMUP:]
         for _ in range(settings.repeats):
             rounds.append(bed.whole())
-            median_s = statistics.median(rounds[-5:])
-            taken = bed.try_disturbed(signal.SIGKILL, median_s)
+            taken = bed.try_disturbed(signal.SIGKILL, statistics.median(rounds[-5:]))
             alone_s = min(bed.whole() for _ in range(2))
             bed.fill()
             bed.whole()
             if "view" not in taken:
                 continue
-            remainder_s, redo_s = (1 - AT) * median_s, taken["view"] + alone_s
-            for name, value in (
-                ("round", rounds[-1]), ("round_of_survivors", alone_s), ("remainder", remainder_s),
-                ("result", taken["result"]), ("redo", redo_s), ("seen", taken["seen"]),
-                ("view", taken["view"]),
-            ):  # fmt: skip
-                rows[name].append(value)
-            shares.append((taken["result"] - remainder_s) / (redo_s - remainder_s))
-            log(f"  { ({k: round(v[-1], 3) for k, v in rows.items()}) } share {shares[-1]:.2f}")
-    case = {"peers": peers, "MiB": mib, "fault": "kill -9"}
+            taken |= {"round": rounds[-1], "round_of_survivors": alone_s}
+            taken["redo"] = taken["view"] + alone_s
+            for name in names:
+                rows[name].append(taken[name])
+            log(f"  { ({name: round(found[-1], 3) for name, found in rows.items()}) }")
+    if not rows["result"]:
+        report.skip({"fault": "kill -9"}, "every round was over before the kill")
+        return
+    delays, round_s = rows.pop("delay"), statistics.median(rounds)
+    rows["remainder"] = [max(0.0, round_s - delay_s) for delay_s in delays]
+    middle = {name: statistics.median(found) for name, found in rows.items()}
     millis = {f"{name}_ms": [s * 1e3 for s in found] for name, found in rows.items()}
-    report.add(case, **millis, extra_over_redo=shares)
+    if middle["redo"] > middle["remainder"]:
+        extra_s = middle["result"] - middle["remainder"]
+        millis["extra_over_redo"] = [extra_s / (middle["redo"] - middle["remainder"])]
+    report.add({"peers": peers, "MiB": mib, "fault": "kill -9"}, **millis)
 
 
 def silent(report: Report, settings: Settings, mib: float, peers: int, stops: int) -> None:
@@ -210,6 +210,7 @@ def run(settings: Settings) -> Report:
     )
     report.note(
         "extra_over_redo: what the death added to the undisturbed remainder, as a share of what"
-        " redoing the round would have added."
+        " redoing the round would have added; of medians. Nothing when the survivors' whole round,"
+        " with a peer less on this machine, is shorter than the remainder."
     )
     return report

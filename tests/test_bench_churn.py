@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import kills, recovery
+from bench import join, kills, recovery
 from bench.common import Settings
 
 GIVEN = {11: 1, 12: 2, 13: 4, 14: 8}
@@ -54,3 +54,9 @@ def test_recovery() -> None:
     metrics = report.rows[0]["metrics"]
     assert metrics["view_ms"]["median"] < 3000  # the launcher's word, not the coordinator's bound
     assert metrics["redo_ms"]["median"] > metrics["view_ms"]["median"]
+
+
+def test_join() -> None:
+    report = join.run(Settings(quick=True, repeats=1, options={"mib": "4", "round_mib": "0.25"}))
+    assert [row["case"]["others"] for row in report.rows] == ["idle", "in rounds"]
+    assert all(row["metrics"]["gib_per_s"]["median"] > 0 for row in report.rows)
