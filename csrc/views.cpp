@@ -189,8 +189,8 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool rep
   }
 }
 
-// What the plan knows to be stable is remembered, also by who has not got it: numbers of rounds must
-// not be given twice when all who had it are gone.
+// What the plan knows to be stable is remembered, also by who has not got it: numbers of rounds
+// must not be given twice when all who had it are gone.
 void Impl::remember_stable(Tag& tag, const TagPlan& plan) {
   if (plan.stable < 0) return;
   const auto seq = static_cast<std::uint64_t>(plan.stable);

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from decotrain.control import messages as m
 from decotrain.control.maps import SLOTS
 from decotrain.control.plan import Candidate, Plan, advance, coverage, make_plan, slots_in_use
+from decotrain.control.rebuild import rebuild
 from decotrain.control.record import RecordMember
 
 if TYPE_CHECKING:
     from decotrain.control.coordinator import Coordinator
 
-_EPOCH_MASK = 2**32 - 1
 SETTLE_S = 0.5  # at most, before observers are frozen after the active peers
 _GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
 _NOT_BELIEVED = ("diverged", "unfit", "void")  # whose report no plan is made from
@@ -80,8 +80,9 @@ class Changes:
                 del self.c.out[message.peer]  # V10: a suspect that answers is none
 
     def advance(self, now: float) -> None:
-        if self.c.lost_s is not None:
-            self._rebuild(now)
+        c = self.c
+        if c.lost_s is not None:
+            rebuild(c, now)
         if self.freeze is None and self._due(now):
             self._begin(now)
         if self.freeze is not None:
@@ -446,57 +447,6 @@ class Changes:
             installing.sent_s = now
             for key in waiting:
                 c.send(key, installing.messages[key])
-
-    # --- a lost record
-
-    def _rebuild(self, now: float) -> None:
-        """Takes over the last view from its members when the record lacks it."""
-        c = self.c
-        assert c.lost_s is not None
-        views = [peer.hello for peer in c.peers.values() if peer.hello.view > c.record.view]
-        if not views:
-            c.lost_s = None
-            return
-        last = max(views, key=lambda hello: (hello.view, hello.peer))
-        members = {peer: (slot, active) for peer, slot, active in last.members}
-        here = [key for key in members if key in c.peers and c.peers[key].hello.view]
-        waited = now - c.lost_s >= c.options.recover_s
-        enough = 2 * len(here) > len(members) or c.options.recover_minority
-        if len(here) < len(members) and not (waited and enough):
-            return
-        rebuilt = []
-        for key, (slot, active) in sorted(members.items(), key=lambda item: item[1][0]):
-            hello = c.peers[key].hello if key in c.peers else None
-            rebuilt.append(
-                RecordMember(
-                    peer=key,
-                    slot=slot,
-                    active=active,
-                    share=hello.share if hello else 1.0,
-                    name=hello.name if hello else "?",
-                    host=hello.host if hello else "",
-                    launch=hello.launch if hello else "",
-                    addresses=hello.addresses if hello else [],
-                    key=hello.key if hello else b"",
-                )
-            )
-        c.lost_s = None
-        c.recovering = True
-        term = max([c.record.term, *(peer.hello.term + 1 for peer in c.peers.values())])
-        c.persist(
-            replace(
-                c.record,
-                term=term,
-                view=last.view,
-                epoch=last.view & _EPOCH_MASK,
-                generation=last.generation,
-                members=tuple(rebuilt),
-            )
-        )
-        c.log("rebuilt", f"the record, from {len(here)} of {len(members)} peers", now)
-        for key, peer in list(c.peers.items()):
-            if key not in members and peer.hello.view:
-                c.leave_out(key, "void", "it is not in the last view", now)
 
 
 def _complete(report: Mapping[str, Any]) -> bool:

@@ -256,11 +256,11 @@ class World:
             peer.slow = 1.0
             if peer.stopped:
                 peer.resume()
-        # Rounds without a pause need more of a newcomer than is promised: results are kept for a
-        # bounded time, and its fetch must end within it.
+        # Rounds without a pause, or faster than the links carry them, need more of a newcomer than
+        # is promised: results are kept for a bounded time, and its fetch must end within it.
         options = self.options
         options.think_s, options.fetch_s = max(options.think_s, 0.2), min(options.fetch_s, 0.05)
-        options.latency_s = min(options.latency_s, 0.05)
+        options.latency_s, options.window = min(options.latency_s, 0.05), 16
         while sum(not peer.member.leaving for peer in self.live()) < options.min_peers:
             dead = [p for p, one in self.processes.items() if not one.alive or one.over]
             self.start_peer(dead[0] if dead else len(self.processes))
