@@ -150,15 +150,10 @@ class Communicator:
         for n, tensor in enumerate(places):
             tn.writable(tensor, f"tensor {n} of the result")
         options: dict[str, Any] = {
-            "tag": tag,
-            "op": op,
-            "codec": codec,
-            "result_codec": result_codec,
-            "state_digest": state_digest,
-            "rule": rule,
-            "rule_parameter": rule_parameter,
+            "tag": tag, "op": op, "codec": codec, "result_codec": result_codec,
+            "state_digest": state_digest, "rule": rule, "rule_parameter": rule_parameter,
             "chunk_elements": chunk_elements,
-        }
+        }  # fmt: skip
         feedback = None
         if residual is not None:
             feedback = [

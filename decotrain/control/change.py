@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SETTLE_S = 0.5  # at most, before observers are frozen after the active peers
 _GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
 _NOT_BELIEVED = ("diverged", "unfit", "void")  # whose report no plan is made from
-_ASKED_LAST = ("unfit", "stuck", "diverged")  # when nobody better is left
+_ASKED_LAST = ("unfit", "stuck", "diverged", "kicked", "left")  # when nobody better is left
 _NOT_ASKED = ("exited", "kicked", "diverged", "unfit", "void")
 
 
@@ -46,6 +46,7 @@ class _Installing:
     messages: dict[int, m.Install]
     started_s: float
     sent_s: float
+    pushing: bool = True
 
 
 class Changes:
@@ -64,7 +65,7 @@ class Changes:
             return "rebuilding"
         if self.freeze is not None:
             return "freezing"
-        if self.installing is not None:
+        if self._lacking():
             return "installing"
         if self.c.record.view == 0:
             return "waiting"
@@ -108,7 +109,7 @@ class Changes:
             c.due_s = None  # the suspect was only slow
         elif c.due_s is None or now >= c.due_s:
             return True
-        if self.installing is not None or now < self.calm_s:
+        if self._lacking() or now < self.calm_s:
             return False
         members = c.members()
         return bool(self._promotable(now)) or any(
@@ -180,13 +181,11 @@ class Changes:
                 c.leave_out(key, "silent", "no report after a freeze", now)
             if self._plan(freeze, now):
                 return
+            self._widen(freeze)
         elif not waiting or late:
             # No active peer has answered: ask again, suspects too, and in the end go on
             # from the most advanced of those who live (V10).
-            freeze.targets |= c.ready()
-            for key in [key for key, (kind, _) in c.out.items() if kind in _ASKED_LAST]:
-                if key in c.peers:
-                    del c.out[key]
+            self._widen(freeze)
             hopeless = all(
                 c.out.get(member.peer, ("",))[0] in _NOT_ASKED
                 for member in members.values()
@@ -198,6 +197,14 @@ class Changes:
         if now - freeze.sent_s >= c.options.resend_s:
             freeze.sent_s = now
             self._send_freeze(freeze)
+
+    def _widen(self, freeze: _Freeze) -> None:
+        """Nobody can be active: asks who has come meanwhile, keeps whom it meant to leave out."""
+        c = self.c
+        freeze.targets |= c.ready()
+        for key in [key for key, (kind, _) in c.out.items() if kind in _ASKED_LAST]:
+            if key in c.peers:
+                del c.out[key]
 
     def _anchors(self, freeze: _Freeze, member: RecordMember) -> bool:
         """An active peer of the recorded view knows every round that is stable."""
@@ -230,7 +237,6 @@ class Changes:
         candidates = self._candidates(freeze.reports, set(freeze.reports))
         if not candidates:
             if c.record.view == 0 or c.ready() - c.out.keys():
-                freeze.targets |= c.ready()  # who has come meanwhile takes over
                 return False
             self._record_empty(freeze, now)
             return True
@@ -428,18 +434,28 @@ class Changes:
             now,
         )
 
-    def _push(self, installing: _Installing, now: float) -> None:
-        """INSTALL until acknowledged (V7)."""
-        c = self.c
-        waiting = [
+    def _lacking(self) -> list[int]:
+        """Members that have not installed the view."""
+        installing, c = self.installing, self.c
+        if installing is None:
+            return []
+        return [
             key
             for key in sorted(installing.messages)
             if key in c.peers and c.peers[key].view < installing.view and key not in c.out
         ]
+
+    def _push(self, installing: _Installing, now: float) -> None:
+        """INSTALL until acknowledged (V7), also to who was silent and is heard again."""
+        c = self.c
+        waiting = self._lacking()
         if not waiting:
-            self.installing = None
-            self.calm_s = now + c.options.calm_s
+            if installing.pushing:
+                installing.pushing = False
+                self.calm_s = now + c.options.calm_s
             return
+        if not installing.pushing:
+            installing.pushing, installing.started_s = True, now
         if now - installing.started_s > c.options.install_timeout_s:
             for key in waiting:
                 c.leave_out(key, "stuck", "does not install the view", now)

@@ -150,7 +150,8 @@ class Coordinator:
             if message.done:
                 peer.view = max(peer.view, message.view)
         elif isinstance(message, m.Leave):
-            self.leave_out(message.peer, "left", "left", now)
+            if not self.only_holder(message.peer):
+                self.leave_out(message.peer, "left", "left", now)
         elif isinstance(message, m.Suspect):
             self._accused(peer, message, now)
 
@@ -281,6 +282,13 @@ class Coordinator:
             self.due_s = now + self.options.batch_s if self.due_s is None else self.due_s
             self.log("left" if kind == "left" else "suspected", f"{self.name(peer)}: {reason}", now)
 
+    def only_holder(self, peer: int) -> bool:
+        """Is it the one active peer, with others waiting to fetch what it holds?"""
+        members = self.members()
+        active = [key for key, one in members.items() if one.active and key not in self.out]
+        others = [key for key in self.ready() if key != peer and key not in self.out]
+        return active == [peer] and bool(others) and peer in self.peers
+
     def name(self, peer: int) -> str:
         if peer in self.peers:
             return self.peers[peer].name
@@ -306,6 +314,10 @@ class Coordinator:
             for peer in sorted(self.known())
             if peer == message.peer or (message.name and self.name(peer).startswith(message.name))
         ]
+        if len(found) == 1 and self.only_holder(found[0]):
+            detail = "it is the only active peer, and others need its state"
+            self.effects.append(Send(source, m.Done(False, detail)))
+            return
         if len(found) == 1:
             reason = message.detail or "left out by an operator"
             self.leave_out(found[0], "kicked", reason, now)

@@ -261,8 +261,12 @@ class World:
         options = self.options
         options.think_s, options.fetch_s = max(options.think_s, 0.2), min(options.fetch_s, 0.05)
         options.latency_s, options.window = min(options.latency_s, 0.05), 16
-        while sum(not peer.member.leaving for peer in self.live()) < options.min_peers:
-            dead = [p for p, one in self.processes.items() if not one.alive or one.over]
+        self.top_up()
+
+    def top_up(self) -> None:
+        """Somebody starts what is missing for a run."""
+        while sum(not peer.member.leaving for peer in self.live()) < self.options.min_peers:
+            dead = [p for p, one in self.processes.items() if not one.alive]
             self.start_peer(dead[0] if dead else len(self.processes))
 
     def heal_link(self, edge: tuple[int, int]) -> None:
@@ -273,6 +277,7 @@ class World:
 
     def progressed(self, goal: dict[int, dict[int, int]]) -> bool:
         """All that live are active in one view and have completed new rounds of every tag."""
+        self.top_up()
         live = self.live()
         views = {peer.member.view for peer in live}
         if len(views) != 1 or not live:

@@ -1,0 +1,47 @@
+"""2,000 histories of a run, each from one seed, each judged after every event.
+
+A failure names the seed: `python -m tests.sim --seed N --trace` shows its history.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.world import World
+
+SEEDS = 2000
+BLOCK = 50
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+def test_histories(first: int) -> None:
+    for seed in range(first, first + BLOCK):
+        world = World(seed)
+        try:
+            world.run()
+        except Exception as error:
+            raise AssertionError(f"python -m tests.sim --seed {seed} --trace: {error}") from error
+
+
+def test_a_seed_decides_everything() -> None:
+    histories: list[list[str]] = []
+    for _ in range(2):
+        lines: list[str] = []
+        World(7, trace=lines.append).run()
+        histories.append(lines)
+    assert histories[0] == histories[1]
+    assert len(histories[0]) > 100
+
+
+def test_histories_visit_what_they_are_for() -> None:
+    """A fault that never happens, or a checker that never looks, tests nothing."""
+    counts: dict[str, int] = {}
+    kinds: set[str] = set()
+    for seed in range(60):
+        world = World(seed, trace=lambda line: kinds.add(" ".join(line.split()[1:4])))
+        world.run()
+        for kind, count in world.checker.counts.items():
+            counts[kind] = counts.get(kind, 0) + count
+    assert all(counts.get(kind, 0) > 100 for kind in ("install", "begin", "return", "state"))
+    logged = {kind.split()[1] for kind in kinds if kind.startswith("log ")}
+    assert logged >= {"generation", "suspected", "left", "link", "view", "joined", "rebuilt"}
