@@ -36,7 +36,7 @@ from decotrain.errors import (
     UnreachableError,
 )
 from decotrain.joining import Asked, ask
-from decotrain.rounds import SLICE_S, MemberInfo, Result, Work
+from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, decode
 from decotrain.shared import SharedState
 
 Tensors = Any  # a torch CPU tensor or numpy array, or a sequence of them (one round)
@@ -258,7 +258,7 @@ class Communicator:
         else:
             places = self._places(held) if out is None else out
             if result.contributors:
-                self._decode(held, places)
+                decode(held, places)
             result.tensors = places
         self._last_seq[held.tag] = max(self._last_seq.get(held.tag, -1), held.seq)
         self._counters["rounds"] += 1
@@ -275,16 +275,6 @@ class Communicator:
 
             return [np.zeros(held.elements, dtype=np.float32)]
         return [tn.empty_like(tensor) for tensor in template]
-
-    def _decode(self, held: Any, places: list[Any]) -> None:
-        pairs = [tn.writable(place, f"tensor {n}") for n, place in enumerate(places)]
-        try:
-            held.decode_into([buffer for buffer, _ in pairs])
-        except (TypeError, ValueError) as error:
-            raise RoundError(f"round {held.seq} of tag {held.tag}: {error}") from None
-        for _, bring in pairs:
-            if bring is not None:
-                bring()
 
     # --- shared state
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from decotrain import tensors as tn
 from decotrain.errors import RoundError, WaitTimeoutError
 
 if TYPE_CHECKING:
@@ -110,3 +111,15 @@ class Work:
                 return comm._lost(self.tag)
             held = comm._shared.next_missed(self.tag)
         return comm._result(held, self._out)
+
+
+def decode(held: Any, places: list[Any]) -> None:
+    """Writes a result of the core into tensors."""
+    pairs = [tn.writable(place, f"tensor {n}") for n, place in enumerate(places)]
+    try:
+        held.decode_into([buffer for buffer, _ in pairs])
+    except (TypeError, ValueError) as error:
+        raise RoundError(f"round {held.seq} of tag {held.tag}: {error}") from None
+    for _, bring in pairs:
+        if bring is not None:
+            bring()
