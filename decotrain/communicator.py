@@ -60,7 +60,8 @@ class Communicator:
             asked.who,
             self._make_node,
             lambda: [(tag, -1) for tag in self._shared.fragments],
-            on_install=self._shared.installed,
+            self._shared.versions.declared,
+            self._shared.installed,
         )
 
     def _make_node(self, peer: int) -> Any:

@@ -232,9 +232,16 @@ class SharedState:
         self.skipped.clear()
         self.make_void()
 
-    def installed(self, view: int, tags: list[dict[str, int]], void: bool, adopt: bool) -> bool:
+    def installed(
+        self,
+        view: int,
+        tags: list[dict[str, int]],
+        held: dict[int, int],
+        void: bool,
+        adopt: bool,
+    ) -> bool:
         """Right after the engine took a plan. False: our branch is void."""
-        ours = self.versions.installed(view, tags, void, adopt)
+        ours = self.versions.installed(view, tags, held, void, adopt)
         for tag, fragment in self.fragments.items():
             if adopt and fragment.void:
                 fragment.version, fragment.void = self.versions.version[tag], False

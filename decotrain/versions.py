@@ -54,11 +54,17 @@ class Versions:
             self.void[tag] = True
 
     def installed(
-        self, view: int, tags: Sequence[Mapping[str, int]], void: bool, adopt: bool
+        self,
+        view: int,
+        tags: Sequence[Mapping[str, int]],
+        held: Mapping[int, int],
+        void: bool,
+        adopt: bool,
     ) -> bool:
-        """Takes note of a plan. False: we hold a round that the view does not know; our branch
-        is void and we must come back as a newcomer (V11). With `adopt` the run goes on from what
-        we hold: a state that was void becomes the run's, as after the plan's last round."""
+        """Takes note of a plan. `held` is `declared()` from before the engine took it: rounds
+        after that are of the new view. False: we hold a round that the view does not know; our
+        branch is void and we must come back as a newcomer (V11). With `adopt` the run goes on from
+        what we hold: a state that was void becomes the run's, as after the plan's last round."""
         self.view = view
         if void:
             self.make_void()
@@ -70,8 +76,7 @@ class Versions:
         for entry in tags:
             tag, stable = entry["tag"], entry["stable"]
             self.stable[tag] = stable
-            if tag in self.version and not self.void[tag] and self.version[tag] - 1 > stable:
-                ahead = True
+            ahead |= held.get(tag, -1) > stable and not self.void.get(tag, True)
         return not ahead
 
     def next(self, tag: int, missed: Sequence[int]) -> Step:

@@ -79,12 +79,15 @@ class Agent:
         who: mb.Identity,
         make_node: Callable[[int], DataPlane],
         declared: Callable[[], list[tuple[int, int]]],  # tags with state, nothing held
-        # (view, tags of the plan, void, adopt) after an install; False: what we hold is void
-        on_install: Callable[[int, list[dict[str, int]], bool, bool], bool] = lambda *_: True,
+        held: Callable[[], list[tuple[int, int]]] = list,  # tags with state, what is held
+        # (view, tags of the plan, held before it, void, adopt) after an install; False: what we
+        # hold is void
+        on_install: Callable[..., bool] = lambda *_: True,
     ) -> None:
         self.address = address
         self.make_node = make_node
         self.declared = declared
+        self.held = held
         self.on_install = on_install
         self.shared = Shared()
         self.rng = random.Random(new_peer_id())  # noqa: S311 (jitter, not a key)
@@ -214,6 +217,9 @@ class Agent:
         if effect.void:
             self.node.declare(self.declared())
         view = effect.install["view"]
+        # What we held before: once the engine goes on, the trainer may take a round of the new view
+        # before the next line runs.
+        held = dict(self.held())
         done = self.node.install(effect.install)
         if done:
             slots = {row[0]: row[1] for row in view["members"]}
@@ -221,7 +227,7 @@ class Agent:
                 [(c["peer"], slots[c["peer"]], c["addresses"]) for c in effect.contacts]
             )
         tags = effect.install["tags"]
-        ours = not done or self.on_install(view["id"], tags, effect.void, effect.adopt)
+        ours = not done or self.on_install(view["id"], tags, held, effect.void, effect.adopt)
         self._step(mb.Installed(view["id"], done))
         if not ours:
             self._void("it holds a round that the view does not know")

@@ -143,6 +143,7 @@ class SimPeer:
         if effect.void:
             self.versions.make_void()
             self.engine.declare(self.versions.declared())
+        held = dict(self.versions.declared())
         done = self.engine.install(effect.install, world.now)
         if not done:
             self.step(mb.Installed(view["id"], False))
@@ -150,7 +151,7 @@ class SimPeer:
         self.others = [row[0] for row in view["members"] if row[0] != self.id]
         self.contacts = set(self.others)
         tags = effect.install["tags"]
-        ours = self.versions.installed(view["id"], tags, effect.void, effect.adopt)
+        ours = self.versions.installed(view["id"], tags, held, effect.void, effect.adopt)
         if effect.adopt:
             for tag, last in self.versions.declared():
                 self.engine.set_covered(tag, last)
