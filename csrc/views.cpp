@@ -165,8 +165,8 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool rep
   if (tag.stable.empty()) return;
   const StableRound& last = tag.stable.back();
   const auto seq = static_cast<std::int64_t>(last.seq);
-  const bool differs = seq == plan.stable && plan.digest != 0 && last.digest != 0 &&
-                       plan.digest != last.digest;
+  const bool differs =
+      seq == plan.stable && plan.digest != 0 && last.digest != 0 && plan.digest != last.digest;
   if (seq <= plan.stable && !differs) return;
   // A plan made from our report continues the state we have applied, even if it goes back behind
   // rounds we know (a new generation).
