@@ -181,11 +181,11 @@ class Changes:
                 c.leave_out(key, "silent", "no report after a freeze", now)
             if self._plan(freeze, now):
                 return
-            self._widen(freeze)
+            self._widen(freeze, now)
         elif not waiting or late:
             # No active peer has answered: ask again, suspects too, and in the end go on
             # from the most advanced of those who live (V10).
-            self._widen(freeze)
+            self._widen(freeze, now)
             hopeless = all(
                 c.out.get(member.peer, ("",))[0] in _NOT_ASKED
                 for member in members.values()
@@ -198,10 +198,12 @@ class Changes:
             freeze.sent_s = now
             self._send_freeze(freeze)
 
-    def _widen(self, freeze: _Freeze) -> None:
+    def _widen(self, freeze: _Freeze, now: float) -> None:
         """Nobody can be active: asks who has come meanwhile, keeps whom it meant to leave out."""
         c = self.c
-        freeze.targets |= c.ready()
+        if c.ready() - freeze.targets:
+            freeze.targets |= c.ready()
+            freeze.deadline_s = now + c.options.report_timeout_s
         for key in [key for key, (kind, _) in c.out.items() if kind in _ASKED_LAST]:
             if key in c.peers:
                 del c.out[key]

@@ -1,4 +1,6 @@
-"""python -m tests.sim --seed N [--trace] | --seeds A B | --hunt SECONDS: histories of a run."""
+"""Histories of a run: python -m tests.sim --seed N [--trace], --seeds FIRST END, --hunt SECONDS,
+or --plants, which looks for each planted bug and prints the table of docs/simulator.md.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,49 @@ import argparse
 import sys
 import time
 
-from tests.sim.world import World
+from tests.sim.plants import CONTROL, ENGINE, use_planted_core
+
+PLANT_SEEDS = 500
 
 
 def run(seed: int, plant: str = "", trace: bool = False) -> Exception | None:
+    from tests.sim.world import World
+
     world = World(seed, plant, print if trace else None)
     try:
         world.run()
     except Exception as error:
         return error
     return None
+
+
+def rule_of(error: Exception) -> str:
+    return getattr(error, "rule", type(error).__name__)
+
+
+def hunt_plants(names: list[str]) -> int:
+    """One row for each planted bug: which rule caught it, and with what seed."""
+    missed = 0
+    print("| planted bug | in | caught by | first seed | caught in 100 seeds |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in names:
+        first, rule, count = -1, "", 0
+        for seed in range(PLANT_SEEDS):
+            error = run(seed, name)
+            if error is not None and not isinstance(error, AssertionError | ValueError):
+                raise error  # a fault of the simulator proves nothing
+            if error is not None:
+                count += seed < 100
+                if first < 0:
+                    first, rule = seed, rule_of(error)
+            if first >= 0 and seed >= 99:
+                break
+        missed += first < 0
+        place = "engine" if name in ENGINE else "control plane"
+        words = name.replace("_", " ")
+        row = f"{rule} | {first} | {count}" if first >= 0 else "nothing | - | 0"
+        print(f"| {words} | {place} | {row} |", flush=True)
+    return missed
 
 
 def main() -> int:
@@ -25,12 +60,24 @@ def main() -> int:
     parser.add_argument("--hunt", type=float, metavar="SECONDS")
     parser.add_argument("--trace", action="store_true", help="print the whole history")
     parser.add_argument("--plant", default="", help="with this planted bug")
+    parser.add_argument("--plants", action="store_true", help="look for every planted bug")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     arguments = parser.parse_args()
+    if arguments.plants or arguments.plant in ENGINE:
+        planted = use_planted_core()
+        if not planted and arguments.plant:
+            print("the engine's bugs need `cmake --preset plant && cmake --build --preset plant`")
+            return 2
+        if arguments.plants:
+            return hunt_plants([*(ENGINE if planted else {}), *CONTROL])
     if arguments.seed is not None:
         error = run(arguments.seed, arguments.plant, arguments.trace)
         print(f"seed {arguments.seed}: {error if error is not None else 'clean'}")
         return error is not None
+    return run_seeds(arguments)
+
+
+def run_seeds(arguments: argparse.Namespace) -> int:
     first, end = arguments.seeds or (0, 2000)
     if arguments.hunt is not None:
         first = time.time_ns() // 1000 % 10**9
@@ -40,7 +87,7 @@ def main() -> int:
         error = run(seed, arguments.plant)
         if error is not None:
             failed += 1
-            print(f"seed {seed}: {type(error).__name__} {str(error)[:1500]}", flush=True)
+            print(f"seed {seed}: {rule_of(error)}: {str(error)[:1500]}", flush=True)
             if not arguments.keep_going:
                 return 1
         seed += 1

@@ -10,6 +10,8 @@ It knows no protocol and trusts nobody's word but what peers did. Events (key `e
               chunks: [[contributors (peers; 0: not known here), value], ...]; wait() returned
               it as stable
     state     peer view generation tag version digest     after a result was applied or fetched
+    value     peer view generation tag seq chunk digest   took a chunk's result from another peer
+    stale     peer text                    took a frame of a view that is over
     complain  peer text                    the engine named another peer, or itself, without cause
 
 `Violation` says which promise broke. Agreement is promised among peers that stay in the view's
@@ -53,7 +55,9 @@ class Checker:
     given: dict[tuple[int, int, int], Any] = field(default_factory=dict)
     returned: dict[tuple[int, int, int], list[Said]] = field(default_factory=dict)
     states: dict[tuple[int, int, int], list[Said]] = field(default_factory=dict)
+    # (generation, tag, seq, chunk) -> digest -> peer -> view in which it took it
     # (generation, tag) -> peer -> view -> last round it returned in that view
+    values: dict[tuple[int, int, int, int], dict[str, dict[int, int]]] = field(default_factory=dict)
     last_returned: dict[tuple[int, int], dict[int, dict[int, int]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -174,6 +178,24 @@ class Checker:
                 )
         if not any(old.peer == new.peer and old.digest == new.digest for old in said):
             said.append(new)
+
+    def _value(self, event: Event) -> None:
+        """R1: one value for a chunk among the live peers of a view and its successors."""
+        key = (event["generation"], event["tag"], event["seq"], event["chunk"])
+        digests = self.values.setdefault(key, {})
+        digests.setdefault(event["digest"], {})[event["peer"]] = event["view"]
+        roles = self.members[event["view"]]
+        for digest, holders in digests.items():
+            for holder, view in holders.items():
+                if digest != event["digest"] and holder in roles and view < event["view"]:
+                    self._fail(
+                        "one-value",
+                        f"chunk {key[3]} of round {key[1]}/{key[2]} is made again in "
+                        f"{name(event['view'])} although {holder:x} has it since {name(view)}",
+                    )
+
+    def _stale(self, event: Event) -> None:
+        self._fail("stale", f"{event['peer']:x} {event['text']}")
 
     def _complain(self, event: Event) -> None:
         self._fail("complaint", f"{event['peer']:x}: {event['text']}")

@@ -83,9 +83,8 @@ def kill_coordinator(world: World) -> None:
 
 
 def crash_coordinator(world: World) -> None:
-    """At the next record it writes: before it, after it, or between the sends that follow."""
-    if world.coordinator is not None:
-        world.crash_after = world.draw.randint(1, 5)
+    """While it makes the next view: before the record, after it, or between the sends."""
+    world.crash_armed = world.coordinator is not None
 
 
 def stop_coordinator(world: World) -> None:

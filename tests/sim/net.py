@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 REPLAYS_KEPT = 40
+FRAMES_KEPT = 30
+RESULT = 4  # type of a frame that brings a chunk's value
 
 
 class Control:
@@ -74,6 +76,7 @@ class Links:
         self.broken_until_s: dict[tuple[int, int], float] = {}
         self.number: dict[tuple[int, int], int] = {}  # of the connection
         self.streams: dict[tuple[int, int, int, int], Stream] = {}  # from, to, via, stream
+        self.past: deque[tuple[int, int, bytes]] = deque(maxlen=FRAMES_KEPT)  # from, to, frame
 
     def usable(self, one: int, other: int) -> bool:
         edge = (min(one, other), max(one, other))
@@ -158,6 +161,7 @@ class Links:
                 stream.waiting = True
                 return
             stream.inbox.popleft()
+            self.past.append((source, to, frame))
             if accept == "refuse":
                 self.world.refused(peer, source, receiving.reason)
                 self.break_link(source, to, 0.1)
@@ -195,7 +199,31 @@ class Links:
 
     def _take(self, peer: SimPeer, source: int, receiving: Any, frame: bytes) -> None:
         peer.engine.on_payload(source, receiving, frame[64:], self.world.now)
+        if frame[4] == RESULT:
+            self.world.check(
+                ev="value",
+                peer=peer.id,
+                generation=peer.member.generation,
+                view=int.from_bytes(frame[8:16], "little"),
+                tag=int.from_bytes(frame[16:20], "little"),
+                chunk=int.from_bytes(frame[20:24], "little"),
+                seq=int.from_bytes(frame[24:32], "little"),
+                digest=frame[40:56].hex(),
+            )
         peer.touched()
+
+    def again(self, peer: SimPeer) -> None:
+        """Frames of the view before arrive once more: none may have an effect (R4)."""
+        for source, to, frame in list(self.past):
+            view = int.from_bytes(frame[8:16], "little")
+            if to != peer.id or view >= peer.member.view or not peer.knows(source):
+                continue
+            if self.world.draw.random() < 0.5:
+                receiving = peer.engine.on_header(source, frame, self.world.now)
+                if receiving.accept == "take":
+                    peer.engine.on_payload(source, receiving, frame[64:], self.world.now)
+                    text = f"takes a frame of {view >> 32}.{view & 0xFFFFFFFF}"
+                    self.world.check(ev="stale", peer=peer.id, text=text)
 
     def resume(self, peer: SimPeer) -> None:
         """After an INSTALL or a SIGCONT: paused streams are read again."""

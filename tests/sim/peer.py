@@ -63,7 +63,7 @@ class SimPeer:
             void=void,
             share=world.draw.choice((1.0, 1.0, 2.0, 0.0)) if options.shares else 1.0,
         )
-        self.member = world.plants.member(mb.Member(who, random.Random(peer)))
+        self.member = mb.Member(who, random.Random(peer))
         self.others: list[int] = []
         self.contacts: set[int] = set()
         self.routes: dict[int, int] = {}
@@ -170,6 +170,7 @@ class SimPeer:
         self.down &= self.contacts
         if not ours:
             self.doubt_self("holds a round that the view does not know")
+        world.links.again(self)
         world.links.resume(self)
 
     def held(self) -> dict[int, int]:
@@ -387,9 +388,8 @@ class SimPeer:
         behind = self.versions.void[tag] or version > self.versions.version[tag]
         if not behind or tag in self.flights:
             return
-        frozen = self.world.plants.fetch_frozen(self.engine.frozen)
         member = server in self.contacts
-        if self.versions.fetched(tag, version, view, member, frozen):
+        if self.versions.fetched(tag, version, view, member, self.engine.frozen):
             self.state[tag] = state
             self.engine.set_covered(tag, version - 1)
             self.world.note("fetched", self.id, tag, version)

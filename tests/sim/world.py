@@ -46,8 +46,7 @@ class World:
         self.disk: bytes | None = None  # the record, as fsync left it
         self.coordinator: co.Coordinator | None = None
         self.coordinator_stopped = False
-        self.crash_after: int | None = None  # effects, counted from the next record written
-        self.dropped = 0
+        self.crash_armed = False  # the coordinator dies while it makes the next view
 
     def _expect(self, tag: int, given: list[Any], chunk: int) -> Any:
         return self.options.shapes[tag].expect(given, chunk)
@@ -124,7 +123,7 @@ class World:
     def kill_coordinator(self) -> None:
         self.note("coordinator killed")
         self.coordinator = None
-        self.crash_after = None
+        self.crash_armed = False
         self.disk = self.plants.crash(self.disk)
 
     def to_coordinator(self, source: bytes, data: bytes) -> None:
@@ -138,14 +137,15 @@ class World:
 
     def carry(self, effects: list[Any]) -> None:
         """One effect after the other; the process may die between any two."""
-        for effect in effects:
-            if self.crash_after is not None and isinstance(effect, Persist | Send):
-                if self.crash_after == 0:
-                    self.kill_coordinator()
-                    self.after(self.draw.random() * 2.0, self.start_coordinator)
-                    return
-                if isinstance(effect, Persist) or self.crash_after > 1:
-                    self.crash_after -= 1
+        effects = self.plants.effects(effects)
+        crash_at = -1
+        if self.crash_armed and any(_new_view(effect) for effect in effects):
+            crash_at = self.draw.randrange(len(effects) + 1)
+        for at, effect in enumerate([*effects, None]):
+            if at == crash_at:
+                self.kill_coordinator()
+                self.after(self.draw.random() * 2.0, self.start_coordinator)
+                return
             if isinstance(effect, Persist):
                 self.persist(effect.record)
             elif isinstance(effect, Send):
@@ -228,6 +228,10 @@ class World:
     # --- the history
 
     def run(self) -> None:
+        with self.plants.planted():
+            self._run()
+
+    def _run(self) -> None:
         from tests.sim.faults import strike
 
         self.note("options", self.options)
@@ -246,7 +250,7 @@ class World:
         self.note("heal")
         self.faulty = False
         self.control.cut.clear()
-        self.crash_after = None
+        self.crash_armed = False
         self.coordinator_stopped = False
         self.start_coordinator()
         for edge in sorted(self.links.cut):
@@ -302,6 +306,10 @@ class World:
                 f"flights {peer.flights} done {peer.done_rounds} down {peer.down}"
             )
         return "\n  ".join(lines)
+
+
+def _new_view(effect: Any) -> bool:
+    return isinstance(effect, Persist) and effect.record.view >> 32 == effect.record.term
 
 
 __all__ = ["Violation", "World", "identity"]
