@@ -199,12 +199,13 @@ class Links:
 
     def _take(self, peer: SimPeer, source: int, receiving: Any, frame: bytes) -> None:
         peer.engine.on_payload(source, receiving, frame[64:], self.world.now)
-        if frame[4] == RESULT:
+        view = int.from_bytes(frame[8:16], "little")
+        if frame[4] == RESULT and not peer.engine.frozen and view == peer.member.view:
             self.world.check(
                 ev="value",
                 peer=peer.id,
                 generation=peer.member.generation,
-                view=int.from_bytes(frame[8:16], "little"),
+                view=view,
                 tag=int.from_bytes(frame[16:20], "little"),
                 chunk=int.from_bytes(frame[20:24], "little"),
                 seq=int.from_bytes(frame[24:32], "little"),
