@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from bench.common import ROOT
 
 HANG_S = 60.0  # without an answer: the peer hangs
 PRELOAD = ["numpy", "decotrain.communicator", "bench.fleet"]
+REPORT_TRIES = 10
 
 
 class HangError(RuntimeError):
@@ -41,6 +43,7 @@ def worker(address: str, name: str, peers: int, pipe: Connection) -> None:
     """Calls what the parent sends, (function, arguments), and sends back what it returns."""
     from decotrain.communicator import join
 
+    os.environ["DECOTRAIN_LAUNCH"] = name  # the parent reports our end by it
     comm = join(address, name=name, min_peers=peers, timeout_s=HANG_S)
     state = SimpleNamespace(comm=comm, name=name, pipe=pipe)
     pipe.send((True, comm.peer))
@@ -86,7 +89,6 @@ class Peer:
         there.close()
         self.id = 0
         self.ended_s: float | None = None
-        self.reported_s: float | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -95,10 +97,13 @@ class Peer:
 
         wait([self.process.sentinel])
         self.ended_s = time.monotonic()
-        if self.fleet.reports and not self.fleet.closing and self.id:
+        host = socket.gethostname()
+        for _ in range(REPORT_TRIES):  # the coordinator may be down
+            if not self.fleet.reports or self.fleet.closing:
+                return
             with contextlib.suppress(Error):
-                exited(self.fleet.address, self.fleet.run, peer=self.id)
-                self.reported_s = time.monotonic()
+                exited(self.fleet.address, self.fleet.run, host=host, launch=self.name)
+                return
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -170,14 +175,17 @@ class Fleet:
 
     def start(self, count: int = 1) -> list[Peer]:
         """New peers that have joined, not active yet."""
-        fresh = []
-        for _ in range(count):
-            fresh.append(Peer(self, f"p{self.count}"))
-            self.count += 1
-        self.team += fresh
+        fresh = [self.launch() for _ in range(count)]
         for peer in fresh:
             peer.id = peer.answer()
         return fresh
+
+    def launch(self) -> Peer:
+        """A new peer's process; its first answer comes when it has joined."""
+        peer = Peer(self, f"p{self.count}")
+        self.count += 1
+        self.team.append(peer)
+        return peer
 
     def fill(self) -> None:
         """Replaces what is missing; returns when everybody is active."""
