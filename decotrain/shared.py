@@ -45,6 +45,7 @@ class SharedState:
         self.versions = Versions({})
         self.missed: dict[int, deque[Any]] = {}  # taken from the engine, not applied yet
         self.skipped: dict[int, list[Any]] = {}  # works of rounds the caller never saw
+        self.ended: set[int] = set()  # tags whose missed results are of an ended generation
         self.fetches = 0
         self.fetched_bytes = 0
 
@@ -139,6 +140,9 @@ class SharedState:
     def take_missed(self, tag: int) -> list[int]:
         """Rounds whose results wait here, in order."""
         queue = self.missed.setdefault(tag, deque())
+        if tag in self.ended:
+            self.ended.discard(tag)
+            queue.clear()
         if queue:
             return [held.seq for held in queue]
         try:
@@ -247,6 +251,8 @@ class SharedState:
                 fragment.version, fragment.void = self.versions.version[tag], False
                 self.comm._agent.node.set_covered(tag, fragment.version - 1)
                 self._publish(self.comm._agent.node, tag, fragment)
+                self.comm._agent.node.take_missed(tag)  # of the generation that has ended
+                self.ended.add(tag)
         if void or not ours:
             self.make_void()
             for tag in self.fragments:
