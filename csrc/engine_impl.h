@@ -143,6 +143,7 @@ struct Engine::Impl {
   const EngineOptions options;
 
   View view;
+  View previous;  // the one before, as names of its slots
   Roles roles;
   bool frozen = false;
   FreezeId newest_freeze;

@@ -121,6 +121,7 @@ bool Impl::install(const Install& plan, double now) {
   if (!frozen && !planted(Plant::goes_on)) return false;
   if (plan.answers != newest_freeze || plan.view.id <= view.id) return false;
   const bool was_active = roles.self_active();
+  previous = std::move(view);
   view = plan.view;
   adopt_roles();
   frozen = false;
@@ -250,6 +251,7 @@ void Impl::install_round(const RoundPlan& plan, const TagPlan& tag_plan) {
   round.stable_by_plan = plan.stable;
   round.plan_digest = tag_plan.digest;
   round.complete = false;
+  round.remember(previous);  // who has left since may be in sums we learn of only now
   round.remember(view);
   // Values of a stable round count only with its digest: a report may hold values of a branch that
   // was redone and closed since.
