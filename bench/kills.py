@@ -25,6 +25,7 @@ from bench.fleet import HANG_S, DeadError, Fleet, HangError, sleep_until
 MIB = 1 << 20
 LEAD_S = 0.01  # from the word to the start of the round
 PAST = 1.1  # kills fall in 0 .. so many median rounds
+LATE = 0.5  # in every second pair of trials peers begin up to so many median rounds late
 BITS = 20  # powers of two in use; sums of them are exact in f32
 CALIBRATE_EVERY = 50
 TRIALS, TRIALS_QUICK = 1000, 10
@@ -101,7 +102,7 @@ class Trials:
         self.rounds_s: list[float] = []
         self.kills_s: list[float] = []
 
-    def begin(self) -> tuple[dict[int, int], float]:
+    def begin(self, late_s: float = 0.0) -> tuple[dict[int, int], float]:
         """Everybody starts the same round: (peer id -> power of two, when)."""
         team = self.fleet.team
         first = self.turn * len(team)
@@ -113,7 +114,7 @@ class Trials:
             peer.answer()
         start_s, borrow = time.monotonic() + LEAD_S, bool(self.turn % 2)
         for peer in team:
-            peer.ask(reduce, start_s, borrow)
+            peer.ask(reduce, start_s + late_s * self.dice.random(), borrow)
         return given, start_s
 
     def calibrate(self, rounds: int) -> None:
@@ -128,7 +129,7 @@ class Trials:
         victim = self.dice.choice(self.fleet.team)
         survivors = [peer for peer in self.fleet.team if peer is not victim]
         delay_s = self.dice.random() * PAST * median_s
-        given, start_s = self.begin()
+        given, start_s = self.begin(median_s * LATE * (self.turn % 4 // 2))
         sleep_until(start_s + delay_s)
         killed_s = victim.signal(signal.SIGKILL)
         self.counts["trials"] += 1
