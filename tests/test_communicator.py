@@ -186,10 +186,14 @@ def test_a_newcomer_fetches_what_the_others_hold_and_takes_part(coordinator: Ser
             late[0].round()
         for _ in range(5):
             late[0].round()
-        a.stop.set()  # each runs its last round with the others
+        a.stop.set()
         b.stop.set()
 
-    threads = [threading.Thread(target=t.rounds, args=(10**9,)) for t in (a, b)]
+    def until_told(trainer: Trainer) -> None:
+        trainer.rounds(10**9)
+        trainer.comm.leave()  # the other may have begun a round more already
+
+    threads = [threading.Thread(target=until_told, args=(t,)) for t in (a, b)]
     for thread in threads:
         thread.start()
     together(newcomer)
