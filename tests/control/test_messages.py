@@ -1,0 +1,100 @@
+"""Bytes from the network become messages or a MessageError, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgpack
+import pytest
+
+from decotrain.control import messages as m
+from decotrain.errors import MessageError
+from tests.control.fakes import empty_report
+
+HELLO = {
+    "t": "hello", "run": "r", "protocol": 1, "peer": 5, "name": "n", "host": "h", "launch": "",
+    "addresses": ["tcp://1.2.3.4:5"], "key": b"", "share": 1.0, "config": {"a": [1, {"b": 2.5}]},
+    "min_peers": 0, "ready": True, "void": False, "term": 0, "view": 0, "generation": 0,
+    "members": [[7, 0, True]],
+}  # fmt: skip
+ROUND = {
+    "tag": 0, "seq": 1, "spec": b"s", "begun": True, "skipped": 0, "owner": b"\0\xff",
+    "received": bytes(16), "born": bytes(16), "digest": bytes(16), "contributors": bytes(16),
+}  # fmt: skip
+
+
+def changed(path: list[Any], value: Any) -> bytes:
+    content = msgpack.unpackb(msgpack.packb(HELLO))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return bytes(msgpack.packb(content))
+
+
+def report_with(**change: Any) -> bytes:
+    report = {**empty_report(1), "rounds": [{**ROUND, **change}]}
+    return bytes(
+        msgpack.packb({"t": "report", "run": "r", "peer": 1, "freeze": [1, 1], "report": report})
+    )
+
+
+def test_a_message_survives_the_wire() -> None:
+    message = m.decode(msgpack.packb(HELLO))
+    assert isinstance(message, m.Hello)
+    assert m.decode(m.encode(message)) == message
+    assert m.decode(report_with()).report["rounds"][0]["owner"] == b"\0\xff"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not msgpack"),
+        (b"\xc1", "not msgpack"),
+        (b"\x93\x01\x02\x03", "not a map"),
+        (msgpack.packb({"t": "nonsense"}), "unknown message type"),
+        (msgpack.packb({"t": ["hello"]}), "unknown message type"),
+        (msgpack.packb({**HELLO, "extra": 1}), "missing or unknown keys: extra"),
+        (msgpack.packb({k: v for k, v in HELLO.items() if k != "peer"}), "peer"),
+        (changed(["peer"], 0), "peer: expected an integer"),
+        (changed(["peer"], True), "peer: expected an integer"),
+        (changed(["protocol"], -1), "protocol"),
+        (changed(["share"], float("nan")), "share"),
+        (changed(["name"], "x" * 1000), "name"),
+        (changed(["name"], "a\nb"), "control characters"),
+        (changed(["addresses"], ["x"] * 99), "addresses"),
+        (changed(["config"], {"a": b"bytes"}), "config"),
+        (changed(["config"], [[[[[[[[[[1]]]]]]]]]]), "too large or too deep"),
+        (changed(["members", 0], [7, 0]), "members"),
+        (report_with(received=bytes(8)), "received has a wrong length"),
+        (report_with(owner=b"\0\x40"), "slot that does not exist"),
+        (report_with(seq=-1), "seq"),
+        (report_with(tag=5000), "tag"),
+    ],
+)
+def test_what_is_no_message_is_refused_with_a_reason(data: bytes, says: str) -> None:
+    with pytest.raises(MessageError, match=says):
+        m.decode(data)
+
+
+def test_nothing_but_a_message_error_comes_out() -> None:
+    """Every cut and many flips of real messages."""
+    draw = random.Random(1)
+    for good in (bytes(msgpack.packb(HELLO)), report_with()):
+        for cut in range(len(good)):
+            with pytest.raises(MessageError):
+                m.decode(good[:cut])
+        for _ in range(2000):
+            bad = bytearray(good)
+            for _ in range(draw.randint(1, 4)):
+                bad[draw.randrange(len(bad))] = draw.randrange(256)
+            try:
+                m.encode(m.decode(bytes(bad)))
+            except MessageError:
+                continue
+
+
+def test_too_many_bytes_are_not_even_read() -> None:
+    with pytest.raises(MessageError, match="at most"):
+        m.decode(bytes(m.MESSAGE_BYTES_MAX + 1))
