@@ -41,7 +41,8 @@ bool Round::eager() const {
 
 void Round::remember(const View& view) {
   for (const Member& member : view.members) {
-    if (member.active && peers[member.slot] == 0) peers[member.slot] = member.peer;
+    // A slot that an open round speaks of is given to nobody else: the newest name is right.
+    if (member.active) peers[member.slot] = member.peer;
   }
 }
 

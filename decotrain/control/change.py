@@ -242,7 +242,14 @@ class Changes:
                 return False
             self._record_empty(freeze, now)
             return True
-        void = frozenset(key for key, peer in c.peers.items() if peer.void and key not in base)
+        # Newcomers with state fetch it first, even when no round is stable yet: what the run starts
+        # from need not be what they start from.
+        void = frozenset(
+            key
+            for key, peer in c.peers.items()
+            if key not in base
+            and (peer.void or (key not in lineage and _stateful(freeze.reports.get(key))))
+        )
         plan = self._make(freeze, candidates, lineage, void | c.demoted.keys())
         if not plan.active and c.demoted:
             plan = self._make(freeze, candidates, lineage, void)
@@ -267,7 +274,7 @@ class Changes:
         base, lineage = self._most_advanced(reports)
         newcomers = {key for key, report in reports.items() if not report["installed"]}
         candidates = self._candidates(reports, lineage | newcomers)
-        void = frozenset(key for key in newcomers - lineage if c.peers[key].void)
+        void = frozenset(key for key in newcomers - lineage if _stateful(reports[key]))
         plan = self._make(freeze, candidates, lineage, void, renew=True)
         if not plan.active:
             return False
@@ -317,7 +324,9 @@ class Changes:
             slot = members[key].slot if key in members else free.pop(0) if free else None
             if slot is not None:  # else it waits for a slot
                 was_active = key in members and members[key].active
-                candidates.append(Candidate(key, slot, c.peers[key].hello.share, was_active))
+                candidates.append(
+                    Candidate(key, slot, c.peers[key].hello.share, was_active, key in members)
+                )
         return candidates
 
     def _joined(self, key: int) -> tuple[float, int]:
@@ -429,6 +438,8 @@ class Changes:
             if peer.current and one.peer not in active:
                 peer.promote_after_s = now + c.options.promote_retry_s
             peer.current = False
+            if one.peer not in active and not one.was_member:
+                peer.void = True  # until it says that it has fetched
         c.log(
             "view",
             f"{c.record.term}.{c.record.epoch}: {len(active)} active, "
@@ -465,6 +476,13 @@ class Changes:
             installing.sent_s = now
             for key in waiting:
                 c.send(key, installing.messages[key])
+
+
+def _stateful(report: Mapping[str, Any] | None) -> bool:
+    """Does the application hold state, or has it not said what it holds?"""
+    if report is None:
+        return True
+    return not report["declared"] or any(tag["state"] for tag in report["tags"])
 
 
 def _complete(report: Mapping[str, Any]) -> bool:

@@ -161,7 +161,8 @@ class Coordinator:
             return
         peer.view = max(peer.view, message.view)
         peer.current = message.current
-        peer.void = peer.void and not message.current
+        if message.current and message.view == self.record.view:
+            peer.void = False
         if message.ready and not peer.hello.ready:
             peer.hello = replace(peer.hello, ready=True)
         peer.down = tuple(message.down)

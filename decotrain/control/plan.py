@@ -25,6 +25,7 @@ class Candidate:
     slot: int
     share: float
     was_active: bool = False  # in the recorded view
+    was_member: bool = False
 
 
 @dataclass
