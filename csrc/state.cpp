@@ -160,7 +160,7 @@ void StateStore::forget(PeerId peer) { asked_.erase(peer); }
 // ---- StateFetch
 
 StateFetch::StateFetch(std::uint32_t tag, std::uint32_t id, StateBuffers into,
-                       std::vector<PeerId> peers)
+                       const std::vector<PeerId>& peers)
     : tag_(tag), id_(id), into_(std::move(into)) {
   progress_.total_bytes = total_bytes(into_);
   pieces_.resize((progress_.total_bytes + kStateChunkBytes - 1) / kStateChunkBytes);

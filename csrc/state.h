@@ -86,7 +86,8 @@ struct StateProgress {
 class StateFetch {
  public:
   // `id` tells the answers of this fetch from those of an earlier one.
-  StateFetch(std::uint32_t tag, std::uint32_t id, StateBuffers into, std::vector<PeerId> peers);
+  StateFetch(std::uint32_t tag, std::uint32_t id, StateBuffers into,
+             const std::vector<PeerId>& peers);
 
   void set_peers(const std::vector<PeerId>& peers);  // what is fetched stays
   bool has_request(PeerId peer, double now) const;
