@@ -38,7 +38,7 @@ float z_sign(std::uint32_t c2, std::uint32_t c3, std::uint64_t e) {
 
 float z_integer(std::uint32_t c2, std::uint32_t c3, std::uint64_t e) {
   const std::uint32_t row = (e >> 4) & 127;
-  const std::uint64_t counter = (e >> 11) * 512 + (row / 4) * 16 + (e & 15);
+  const std::uint64_t counter = (e >> 11) * 512 + std::uint64_t{row / 4} * 16 + (e & 15);
   const Philox p = philox(static_cast<std::uint32_t>(counter),
                           static_cast<std::uint32_t>(counter >> 32), c2, c3, kKey);
   int sum = -510;
@@ -160,7 +160,7 @@ TEST_CASE("perturb is the definition on every level and in every storage type") 
 
 TEST_CASE("replay in one call equals step by step, and any cut of the range") {
   const std::size_t size = 9000;
-  const std::vector<Term> terms = random_terms(40 * 16, 5);
+  const std::vector<Term> terms = random_terms(std::size_t{40} * 16, 5);
   const std::vector<Step> steps(40, Step{16, 1e-3f, 0.9999f});
   const std::vector<float> start = random_floats(size, 1);
   std::vector<float> whole = start;
