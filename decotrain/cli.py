@@ -169,6 +169,10 @@ def _flags_first(words: list[str]) -> list[str]:
             flags += [value for value in [next(left, None)] if value is not None]
             if flags[-1] == word:
                 raise ConfigError(f"{word} needs a value, for example --cfg job")
+    if {"-m", "--multirun"} & set(flags) and {"-c", "--cfg"} & {
+        flag.partition("=")[0] for flag in flags
+    }:
+        raise ConfigError("a sweep has one configuration for each job: show one without -m")
     return flags + rest
 
 

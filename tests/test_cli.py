@@ -77,6 +77,10 @@ def test_bad_input_of_train(
     assert_refused(done, *parts)
 
 
+def test_the_configuration_of_a_sweep(run_dir: Path) -> None:
+    assert_refused(run(["train", "-m", "--cfg", "job"], run_dir), "without -m")
+
+
 def test_an_empty_file(run_dir: Path) -> None:
     (run_dir / "empty.txt").touch()
     assert_refused(run(["train", "data.path=empty.txt"], run_dir), "empty.txt", "is empty")
