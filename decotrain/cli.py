@@ -50,6 +50,7 @@ model, and exchange what they learned only now and then. Any peer may be killed:
 
 Keys (hydra syntax; groups are chosen by name, e.g. model=tiny, codec=int8):
 """
+JOBS = {"train": TRAIN_HELP}
 FLAGS = {"-m": 0, "--multirun": 0, "--resolve": 0, "--cfg": 1, "-c": 1, "--config-dir": 1, "-cd": 1}
 MESSAGE_MAX = 400
 EVENTS_SHOWN = 8
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": train,
+        "train": lambda rest: _by_hydra("train", rest),
         "coordinator": coordinator,
         "status": status,
         "replay": lambda rest: _seeds(["replay", *rest]),
@@ -115,13 +116,14 @@ def _one_line(text: str) -> str:
     return line if len(line) <= MESSAGE_MAX else line[:MESSAGE_MAX] + " ..."
 
 
-# --- train
+# --- train: by way of hydra
 
 
-def train(words: list[str]) -> int:
+def _by_hydra(command: str, words: list[str]) -> int:
     """hydra composes the configuration; each job of a sweep is a run of its own, in sequence."""
     if any(word in ("-h", "--help") for word in words):
-        print(TRAIN_HELP + "\n" + (configs() / "train.yaml").read_text(encoding="utf-8"), end="")
+        text = (configs() / f"{command}.yaml").read_text(encoding="utf-8")
+        print(JOBS[command] + "\n" + text, end="")
         return 0
     words = _flags_first(words)
     try:
@@ -134,7 +136,7 @@ def train(words: list[str]) -> int:
 
     def job(config: Any) -> None:
         try:
-            code = _train_job(config)
+            code = _launch(command, config)
         except Error as error:  # else hydra would wrap it, and go on with the sweep
             raise SystemExit(_fail(error, 2 if isinstance(error, ConfigError) else 1)) from None
         codes.append(code)
@@ -142,9 +144,9 @@ def train(words: list[str]) -> int:
             raise SystemExit(code)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing several lines
-    sys.argv = ["decotrain train", *words]
+    sys.argv = [f"decotrain {command}", *words]
     try:
-        hydra.main(version_base="1.3", config_path=str(configs()), config_name="train")(job)()
+        hydra.main(version_base="1.3", config_path=str(configs()), config_name=command)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
@@ -176,29 +178,37 @@ def _flags_first(words: list[str]) -> list[str]:
     return flags + rest
 
 
-def _train_job(config: Any) -> int:
+def _launch(command: str, config: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from decotrain.train.launcher import Launcher, newest_run
-    from decotrain.train.settings import parse
 
+    kind = _job_of(command)
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     composed = {str(key): value for key, value in container.items()}
     made = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
     try:
-        settings, folder = parse(composed), made
+        job, folder = kind.of(composed), made
         named = any(override.startswith("name=") for override in overrides)
-        if settings.resume == "auto" and not named:
-            found = newest_run(Path(settings.folder).expanduser().absolute())
+        if job.resume and not named:
+            place = Path(str(composed["folder"])).expanduser().absolute()
+            found = newest_run(place, kind.saved_as)
             if found is not None:
-                settings, folder = parse({**composed, "name": found.name}), found
-        return Launcher(settings, folder, overrides).run()
+                job, folder = kind.of({**composed, "name": found.name}), found
+        return Launcher(job, folder, overrides).run()
     finally:
         if made.is_dir() and not any(made.iterdir()):
             made.rmdir()  # hydra made it, for a run that was not to be
+
+
+def _job_of(command: str) -> Any:
+    from decotrain.train.job import TrainJob
+
+    assert command == "train", command
+    return TrainJob
 
 
 # --- coordinator, status

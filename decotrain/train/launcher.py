@@ -2,7 +2,8 @@
 
 A peer that dies is reported to the coordinator at once, and started again as a new incarnation that
 fetches its state from the others. Ctrl-C ends everything in order and says how to go on. The
-launcher trains nothing and decides no membership; torch is imported only when the run has ended.
+launcher trains nothing and decides no membership. What a run is about is its `Job`'s business:
+decotrain/train/job.py, decotrain/finetune/job.py.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from decotrain.data import Corpus, open_corpus, unigram_entropy
 from decotrain.errors import ConfigError, Error
 from decotrain.train import control_link
 from decotrain.train.metrics import RunLog, Tail
@@ -28,22 +28,49 @@ from decotrain.train.processes import (
     start_peer,
     stop,
 )
-from decotrain.train.settings import Settings, to_mapping
 from decotrain.train.table import Board, PeerRow, View
 
 POLL_S = 0.2
 STATUS_S = 1.0
 GRACE_S = 10.0  # for processes to end by themselves
 LAST_S = 30.0  # for the others, when one peer has finished
-ALONE = "alone"
+
+
+class Job(Protocol):
+    """What a run is about: what its peers run, what is shown, saved and said at the end."""
+
+    command: str  # the word after `decotrain` that starts such a run
+    worker: str  # the module that is a peer's process
+    name: str
+    peers: int
+    restarts: int  # of one peer
+    listen: str  # of the coordinator
+    join: str  # address of a coordinator that is there already; empty: start one
+    resume: bool
+    leftovers: Sequence[str]  # in the run's folder, of an earlier run of this name that is over
+
+    def prepare(self) -> None:
+        """Everything that can be wrong before a process is started."""
+
+    def mapping(self) -> Mapping[str, Any]:
+        """The configuration, as the peers read it."""
+
+    def board(self, rows: dict[str, PeerRow]) -> Board:
+        """What the views show."""
+
+    def saved(self, folder: Path, board: Board) -> list[str]:
+        """Arguments for peers that go on from what is saved in the folder; none when nothing is."""
+
+    def finish(self, run: Launcher, seconds: float) -> tuple[Mapping[str, Any], list[str]]:
+        """When all peers have ended: the summary, as values and as lines for people."""
 
 
 class Launcher:
     """One run."""
 
-    def __init__(self, settings: Settings, folder: Path, overrides: Sequence[str]) -> None:
-        self.settings, self.folder, self.overrides = settings, folder, list(overrides)
-        self.names = [f"peer-{number}" for number in range(1, settings.peers + 1)]
+    def __init__(self, job: Job, folder: Path, overrides: Sequence[str]) -> None:
+        self.job, self.folder, self.overrides = job, folder, list(overrides)
+        self.names = [f"peer-{number}" for number in range(1, job.peers + 1)]
         self.launches = {name: secrets.token_hex(8) for name in self.names}
         self.restarts = dict.fromkeys(self.names, 0)
         self.began = dict.fromkeys(self.names, 0)  # step at which the last restart came
@@ -58,23 +85,21 @@ class Launcher:
 
     def run(self) -> int:
         """The exit code: 0, or 130 when the user ended it."""
-        corpus = self._prepare()
+        self._prepare()
         self.log = RunLog(self.folder)
-        rows = {name: PeerRow(name) for name in self.names}
-        self.board = self._board(corpus, rows)
+        self.board = self.job.board({name: PeerRow(name) for name in self.names})
         # SIGINT too: a shell that starts us in the background has it ignored.
         handlers = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
         started_s = time.monotonic()
         try:
-            resume = self._newest_checkpoint() if self.settings.resume == "auto" else None
+            arguments = self.job.saved(self.folder, self.board) if self.job.resume else []
+            if self.job.resume and not arguments:
+                self.board.note("nothing saved to resume from: starting from the beginning")
             with View(self.board) as view:
-                self._start(resume)
+                self._start(arguments)
                 while not self._ended():
                     self._look(view)
-            seconds = time.monotonic() - started_s
-            if self.settings.baseline:
-                self._baseline(corpus)
-            self._summarise(seconds)
+            self._summarise(time.monotonic() - started_s)
         except KeyboardInterrupt:
             self._stop_all()
             self.log.note("interrupted")
@@ -87,74 +112,52 @@ class Launcher:
                 signal.signal(number, handler)
         return 0
 
-    def _prepare(self) -> Corpus:
-        """Everything that can be wrong before a process is started."""
+    def _prepare(self) -> None:
         try:
             import torch  # noqa: F401 - only whether it can be
         except ImportError as error:
             raise ConfigError(
                 f"torch is not installed, and training needs it: pip install torch ({error})"
             ) from error
-        corpus = open_corpus(self.settings.data.path, self.settings.model.context)
+        self.job.prepare()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             old = ["coordinator"]  # its record is of peers that are gone
-            if self.settings.resume == "never":
-                old += ["checkpoints", "baseline"]
-            for name in old:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            text = json.dumps(to_mapping(self.settings), indent=1)
-            (self.folder / "config.json").write_text(text, encoding="utf-8")
+            if not self.job.resume:
+                old += self.job.leftovers
+            for path in [path for pattern in old for path in self.folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_config(self.folder, self.job.mapping())
         except OSError as error:
             raise ConfigError(
                 f"folder {self.folder} cannot be written: {error.strerror}; choose another with"
                 " folder=..."
             ) from error
-        return corpus
-
-    def _board(self, corpus: Corpus, rows: dict[str, PeerRow]) -> Board:
-        settings = self.settings
-        board = Board(
-            settings.name, settings.steps, settings.rounds, unigram_entropy(corpus.held_out), rows
-        )
-        megabytes = (len(corpus.train) + len(corpus.held_out)) / 1e6
-        board.note(f"text: {corpus.files} files, {megabytes:.1f} MB from {corpus.source}")
-        return board
-
-    def _newest_checkpoint(self) -> Path | None:
-        """The most advanced checkpoint of any peer."""
-        from decotrain import checkpoint
-
-        places = (self.folder / "checkpoints").glob("peer-*")
-        found = [saved for place in places if (saved := checkpoint.newest(place))]
-        if not found:
-            self.board.note("no checkpoint to resume from: starting from the beginning")
-            return None
-        best = max(found, key=lambda saved: saved.round_number)
-        self.board.note(f"resuming from round {best.round_number}")
-        return best.path
 
     # --- processes
 
-    def _start(self, resume: Path | None) -> None:
-        self._start_coordinator(self.settings.listen)
+    def _start(self, arguments: Sequence[str]) -> None:
+        if self.job.join:
+            self.address = self.job.join
+        else:
+            self._start_coordinator(self.job.listen)
         for name in self.names:
-            self._start_peer(name, resume)
+            self._start_peer(name, arguments)
 
     def _start_coordinator(self, listen: str) -> None:
-        settings, record = self.settings, self.folder / "coordinator"
+        record = self.folder / "coordinator"
         self.coordinator, self.address = start_coordinator(
             self.folder,
-            ["--listen", listen, "--run", settings.name, "--record", str(record)],
+            ["--listen", listen, "--run", self.job.name, "--record", str(record)],
         )
         self._note(f"coordinator at {self.address.removeprefix('tcp://')}")
 
-    def _start_peer(self, name: str, resume: Path | None = None) -> None:
+    def _start_peer(self, name: str, more: Sequence[str] = ()) -> None:
         self.tails.setdefault(name, Tail(self.folder / f"{name}.jsonl"))
-        arguments = ["--join", self.address]
-        if resume:
-            arguments += ["--resume", str(resume)]
-        self.children[name] = start_peer(self.folder, name, arguments, self.launches[name])
+        arguments = ["--join", self.address, *more]
+        self.children[name] = start_peer(
+            self.job.worker, self.folder, name, arguments, self.launches[name]
+        )
 
     def _look(self, view: View) -> None:
         """One turn: what was said, who has ended, what the coordinator knows."""
@@ -164,14 +167,13 @@ class Launcher:
             if child is not None and child.code is not None:
                 self._on_exit(name, child)
         self._end_the_late()
-        assert self.coordinator is not None
-        if self.coordinator.code is not None:
+        if self.coordinator is not None and self.coordinator.code is not None:
             why = describe_exit(self.coordinator.code)
             self._note(f"coordinator lost ({why}), rounds go on; it is started again")
             self._start_coordinator(self.address)
         if time.monotonic() - self.status_asked_s >= STATUS_S:
             self.status_asked_s = time.monotonic()
-            for peer in control_link.peers(self.address, self.settings.name):
+            for peer in control_link.peers(self.address, self.job.name):
                 row = self.board.rows.get(peer["name"])
                 if row is not None and peer["peer"] == f"{row.peer_id:016x}":
                     row.role = peer["role"]
@@ -200,7 +202,7 @@ class Launcher:
         why = describe_exit(code) + (f": {last}" if code > 0 and last else "")
         self.board.lost(name, why)
         self.log.note("lost", peer=name, why=why)
-        control_link.exited(self.address, self.settings.name, row.peer_id, self.launches[name], why)
+        control_link.exited(self.address, self.job.name, row.peer_id, self.launches[name], why)
         row.peer_id = 0
         self._replace(name, why)
 
@@ -211,7 +213,7 @@ class Launcher:
         row = self.board.rows[name]
         # Crashing again where it began, it would crash for ever.
         hopeless = "exit code" in why and row.incarnation and row.step <= self.began[name]
-        if self.restarts[name] >= self.settings.restarts or hopeless:
+        if self.restarts[name] >= self.job.restarts or hopeless:
             if not self.children:
                 raise Error(f"all peers are lost; the last was {name} ({why}); see {self.folder}")
             return
@@ -219,7 +221,7 @@ class Launcher:
         self.began[name] = row.step
         row.state, row.incarnation = "starting", row.incarnation + 1
         alone = not self.children
-        self._start_peer(name, self._newest_checkpoint() if alone else None)
+        self._start_peer(name, self.job.saved(self.folder, self.board) if alone else ())
         self._note(f"{name} is started again")
 
     def _end_the_late(self) -> None:
@@ -250,48 +252,40 @@ class Launcher:
 
     # --- the end
 
-    def _baseline(self, corpus: Corpus) -> None:
-        """One peer alone, the same number of steps: what being together is compared with."""
-        folder = self.folder / "baseline"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        text = json.dumps(to_mapping(self.settings))
-        (folder / "config.json").write_text(text, encoding="utf-8")
-        tail = Tail(folder / f"{ALONE}.jsonl")
-        child = start_peer(folder, ALONE, ["--alone"], secrets.token_hex(8))
-        self.children = {ALONE: child}
-        board = self._board(corpus, {ALONE: PeerRow(ALONE)})
-        board.note("baseline: one peer alone, for the same number of its own steps")
+    def watch_alone(self, folder: Path, name: str, arguments: Sequence[str], board: Board) -> None:
+        """One more process of the job, by itself, until it ends."""
+        tail = Tail(folder / f"{name}.jsonl")
+        child = start_peer(self.job.worker, folder, name, arguments, secrets.token_hex(8))
+        self.children = {name: child}
         with View(board) as view:
             while child.code is None:
                 for event in tail.read():
-                    board.take(ALONE, event)
+                    board.take(name, event)
                 view.refresh()
                 time.sleep(POLL_S)
         self.children = {}
         if child.code != 0:
-            raise Error(f"the baseline failed: {child.last_line()}; more in {child.log}")
+            raise Error(f"{name} failed: {child.last_line()}; more in {child.log}")
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the shared state, of every peer that finished."""
+        return {name: row.digest for name, row in self.board.rows.items() if row.digest}
 
     def _summarise(self, seconds: float) -> None:
-        from decotrain.train.summary import describe, summarise
-
-        digests = {n: row.digest for n, row in self.board.rows.items() if row.digest}
-        summary = summarise(
-            self.settings, self.folder, self.board.sent_bytes, digests, round(seconds, 1)
-        )
-        values: dict[str, Any] = summary.as_values()
+        values, lines = self.job.finish(self, round(seconds, 1))
         (self.folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         self.log.note("summary", **values)
         print()
-        for line in describe(summary):
+        for line in lines:
             print(line)
         print(f"everything is in {self.folder}")
-        if not summary.digests_equal:
+        if len(set(self.digests.values())) > 1:
             raise Error("the peers that finished hold different outer states")
 
     def _resume_command(self) -> str:
         kept = [o for o in self.overrides if not o.startswith(("name=", "resume="))]
-        words = ["decotrain", "train", f"name={self.settings.name}", "resume=auto", *kept]
+        words = ["decotrain", self.job.command, f"name={self.job.name}", "resume=auto", *kept]
         return " ".join(shlex.quote(word) for word in words)
 
 
@@ -299,9 +293,13 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def newest_run(folder: Path, matches: Callable[[Path], bool] = Path.is_dir) -> Path | None:
-    """The run in the folder that was changed last and has checkpoints."""
-    if not folder.is_dir():
-        return None
-    found = [p for p in folder.iterdir() if matches(p) and (p / "checkpoints").is_dir()]
-    return max(found, key=lambda p: (p / "checkpoints").stat().st_mtime, default=None)
+def write_config(folder: Path, mapping: Mapping[str, Any]) -> None:
+    """Where the worker of a peer looks."""
+    (folder / "config.json").write_text(json.dumps(mapping, indent=1), encoding="utf-8")
+
+
+def newest_run(folder: Path, saved: str) -> Path | None:
+    """The run in the folder whose saved files (a pattern) were changed last."""
+    found = [(path.stat().st_mtime, path) for path in folder.glob(f"*/{saved}")]
+    depth = 1 + saved.count("/")
+    return max(found)[1].parents[depth - 1] if found else None

@@ -47,17 +47,17 @@ class Child:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def start_peer(folder: Path, name: str, arguments: Iterable[str], launch: str) -> Child:
-    """A peer; what it prints is appended to <name>.log."""
+def start_peer(
+    worker: str, folder: Path, name: str, arguments: Iterable[str], launch: str
+) -> Child:
+    """A peer: the module `worker`; what it prints is appended to <name>.log."""
     environment = {
         **os.environ,
         "DECOTRAIN_LAUNCH": launch,  # equal for the process that replaces it
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONUNBUFFERED": "1",
     }
-    command = [
-        sys.executable, "-m", "decotrain.train.worker", str(folder), "--peer", name, *arguments
-    ]  # fmt: skip
+    command = [sys.executable, "-m", worker, str(folder), "--peer", name, *arguments]
     log = folder / f"{name}.log"
     with log.open("ab") as out:
         process = subprocess.Popen(  # noqa: S603 - our own program, no shell

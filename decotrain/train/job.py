@@ -1,0 +1,82 @@
+"""`decotrain train` as a job of the launcher: its files, its table, its baseline, its summary.
+
+Trains nothing and starts no process by itself; torch is imported when the run has ended.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from decotrain.data import Corpus, open_corpus, unigram_entropy
+from decotrain.train.launcher import Launcher, write_config
+from decotrain.train.settings import Settings, parse, to_mapping
+from decotrain.train.table import Board, PeerRow
+
+ALONE = "alone"
+
+
+class TrainJob:
+    """Peers pre-train one model on a text."""
+
+    command = "train"
+    worker = "decotrain.train.worker"
+    join = ""
+    saved_as = "checkpoints"  # in a run's folder: what makes it one that can be resumed
+    leftovers = (saved_as, "baseline")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name, self.peers, self.listen = settings.name, settings.peers, settings.listen
+        self.restarts, self.resume = settings.restarts, settings.resume == "auto"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> TrainJob:
+        """ConfigError names the first key that is wrong."""
+        return cls(parse(config))
+
+    def prepare(self) -> None:
+        self.corpus: Corpus = open_corpus(self.settings.data.path, self.settings.model.context)
+
+    def mapping(self) -> dict[str, Any]:
+        return to_mapping(self.settings)
+
+    def board(self, rows: dict[str, PeerRow]) -> Board:
+        settings, corpus = self.settings, self.corpus
+        unigram_nats = unigram_entropy(corpus.held_out)
+        board = Board(settings.name, settings.steps, settings.rounds, unigram_nats, rows)
+        megabytes = (len(corpus.train) + len(corpus.held_out)) / 1e6
+        board.note(f"text: {corpus.files} files, {megabytes:.1f} MB from {corpus.source}")
+        return board
+
+    def saved(self, folder: Path, board: Board) -> list[str]:
+        """The most advanced checkpoint of any peer."""
+        from decotrain import checkpoint
+
+        places = (folder / self.saved_as).glob("peer-*")
+        found = [saved for place in places if (saved := checkpoint.newest(place))]
+        if not found:
+            return []
+        best = max(found, key=lambda saved: saved.round_number)
+        board.note(f"resuming from round {best.round_number}")
+        return ["--resume", str(best.path)]
+
+    def finish(self, run: Launcher, seconds: float) -> tuple[dict[str, Any], list[str]]:
+        from decotrain.train.summary import describe, summarise
+
+        if self.settings.baseline:
+            self._baseline(run)
+        summary = summarise(self.settings, run.folder, run.board.sent_bytes, run.digests, seconds)
+        return summary.as_values(), describe(summary)
+
+    def _baseline(self, run: Launcher) -> None:
+        """One peer alone, the same number of steps: what being together is compared with."""
+        folder = run.folder / "baseline"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_config(folder, self.mapping())
+        board = self.board({ALONE: PeerRow(ALONE)})
+        board.note("baseline: one peer alone, for the same number of its own steps")
+        run.watch_alone(folder, ALONE, ["--alone"], board)
