@@ -1,4 +1,4 @@
-"""The command line: `decotrain train`, `coordinator`, `status`, `replay`, `seedlog`.
+"""The command line: `decotrain train`, `plan`, `coordinator`, `status`, `replay`, `seedlog`.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
 input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
@@ -24,6 +24,7 @@ HELP = """\
 decotrain: train one model on machines that share nothing but the internet
 
   decotrain train [key=value ...]      several peers on this machine train a model on a text
+  decotrain plan key=value ...         which outer optimizer keeps peers busy on given links
   decotrain coordinator --listen HOST:PORT
                                        the process that decides who is in a run
   decotrain status HOST:PORT           who is in, and how they are
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": lambda rest: _by_hydra("train", rest),
+        "plan": plan,
         "coordinator": coordinator,
         "status": status,
         "replay": lambda rest: _seeds(["replay", *rest]),
@@ -211,7 +213,13 @@ def _job_of(command: str) -> Any:
     return TrainJob
 
 
-# --- coordinator, status
+# --- plan, coordinator, status
+
+
+def plan(words: list[str]) -> int:
+    from decotrain.plan import main
+
+    return main(words)
 
 
 def coordinator(words: list[str]) -> int:

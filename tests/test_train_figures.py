@@ -12,7 +12,8 @@ from rich.console import Console
 
 from decotrain.train.metrics import Journal, RunLog, Tail
 from decotrain.train.summary import Summary, describe, per_step_bytes
-from decotrain.train.table import Board, PeerRow, View, draw, headline, size
+from decotrain.train.table import Board, PeerRow, View, draw, headline
+from decotrain.units import size
 
 
 def make_board() -> Board:

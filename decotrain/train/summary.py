@@ -17,8 +17,8 @@ from decotrain.data import open_corpus, unigram_entropy
 from decotrain.errors import FileError
 from decotrain.model import generate
 from decotrain.train.settings import Settings
-from decotrain.train.table import size
 from decotrain.train.worker import held_out_loss, make_model
+from decotrain.units import size
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from decotrain.units import size
+
 EVENTS_SHOWN = 6
 PLAIN_S = 5.0  # between two lines about progress when there is no terminal
 
@@ -115,15 +117,6 @@ def headline(board: Board) -> str:
         )
     parts.append(f"sent {size(board.sent_bytes)}")
     return " | ".join(parts)
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def draw(board: Board) -> Group:
