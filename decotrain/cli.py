@@ -1,4 +1,4 @@
-"""The command line: `decotrain train`, `plan`, `coordinator`, `status`, `replay`, `seedlog`.
+"""The command line: `decotrain train`, `run`, `plan`, and the commands of operate.py.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
 input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
@@ -6,9 +6,6 @@ input are there at once. Whatever the user did wrong is one line on stderr and e
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import os
 import re
 import sys
@@ -16,18 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from decotrain import __version__
+from decotrain import __version__, operate
 from decotrain.errors import ConfigError, Error
-from decotrain.parent import end_with_parent
 
 HELP = """\
 decotrain: train one model on machines that share nothing but the internet
 
   decotrain train [key=value ...]      several peers on this machine train a model on a text
   decotrain plan key=value ...         which outer optimizer keeps peers busy on given links
+  decotrain run --join HOST:PORT script.py ...
+                                       a script on this machine as one peer of a run
   decotrain coordinator --listen HOST:PORT
                                        the process that decides who is in a run
   decotrain status HOST:PORT           who is in, and how they are
+  decotrain leave HOST:PORT PEER       asks a peer to leave in order
+  decotrain kick HOST:PORT PEER        leaves a peer out
   decotrain replay BASE LOG -o OUT     a base model and a seed log become the tuned model
   decotrain seedlog show LOG           what a seed log holds
   decotrain --version
@@ -54,7 +54,6 @@ Keys (hydra syntax; groups are chosen by name, e.g. model=tiny, codec=int8):
 JOBS = {"train": TRAIN_HELP}
 FLAGS = {"-m": 0, "--multirun": 0, "--resolve": 0, "--cfg": 1, "-c": 1, "--config-dir": 1, "-cd": 1}
 MESSAGE_MAX = 400
-EVENTS_SHOWN = 8
 
 
 def configs() -> Path:
@@ -72,8 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": lambda rest: _by_hydra("train", rest),
         "plan": plan,
-        "coordinator": coordinator,
-        "status": status,
+        "run": run,
+        "coordinator": operate.coordinator,
+        "status": operate.status,
+        "leave": operate.leave,
+        "kick": operate.kick,
         "replay": lambda rest: _seeds(["replay", *rest]),
         "seedlog": lambda rest: _seeds(["seedlog", *rest]),
     }
@@ -89,12 +91,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"unknown command {words[0]!r}; there are {', '.join(commands)} (decotrain --help)"
             )
         return commands[words[0]](words[1:])
-    except ConfigError as error:
-        return _fail(error, 2)
     except Error as error:
-        return _fail(error, 1)
+        return _fail(error, 2)
     except KeyboardInterrupt:
         return 130
+
+
+def run(words: list[str]) -> int:
+    """A script as one peer of a run."""
+    from decotrain.launch.options import parse
+
+    options = parse(words)
+    try:
+        from decotrain.launch.peer import Peer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed, and `decotrain run` needs it: pip install torch"
+        ) from None
+    return Peer(options).run()
 
 
 def _seeds(words: list[str]) -> int:
@@ -213,72 +227,13 @@ def _job_of(command: str) -> Any:
     return TrainJob
 
 
-# --- plan, coordinator, status
+# --- plan
 
 
 def plan(words: list[str]) -> int:
     from decotrain.plan import main
 
     return main(words)
-
-
-def coordinator(words: list[str]) -> int:
-    """Serves until it is ended."""
-    parser = argparse.ArgumentParser(prog="decotrain coordinator", description=coordinator.__doc__)
-    parser.add_argument(
-        "--listen",
-        default="127.0.0.1:29400",
-        metavar="HOST:PORT",
-        help="port 0 takes any free one; the first line printed says which",
-    )
-    parser.add_argument("--run", default="default", help="name of the run")
-    parser.add_argument(
-        "--record",
-        type=Path,
-        metavar="FOLDER",
-        help="where the durable record lies; a restart goes on from it",
-    )
-    parser.add_argument("--min-peers", type=int, default=0, help="the first view waits for so many")
-    parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args(words)
-    if asked.with_parent:
-        end_with_parent()
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)  # to stderr
-    from decotrain.control.coordinator import Options
-    from decotrain.control.server import serve
-
-    options = Options(run=asked.run, min_peers=asked.min_peers or None)
-    return serve(asked.listen, options, asked.record, lambda line: print(line, flush=True))
-
-
-def status(words: list[str]) -> int:
-    """Who is in a run."""
-    parser = argparse.ArgumentParser(prog="decotrain status", description=status.__doc__)
-    parser.add_argument("address", metavar="HOST:PORT", help="of the coordinator")
-    parser.add_argument("--run", default="", help="name of the run; whichever is there without it")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
-    asked = parser.parse_args(words)
-    from decotrain.control.client import status as ask
-
-    known = ask(asked.address, asked.run)
-    if asked.json:
-        print(json.dumps(known, indent=1))
-        return 0
-    print(
-        f"run {known['run']} at {asked.address}: view {known['term']}.{known['epoch']},"
-        f" {known['phase']}, waiting for {known['waiting_for']} more"
-    )
-    for peer in known["peers"]:
-        figures = " ".join(f"{key}={_short(value)}" for key, value in peer["figures"].items())
-        slot = "-" if peer["slot"] is None else peer["slot"]
-        print(f"  {slot:>2} {peer['name']:<20} {peer['role']:<10} {peer['state']:<6} {figures}")
-    for event in known["events"][-EVENTS_SHOWN:]:
-        print(f"  {event.get('kind', '')}: {event.get('text', '')}")
-    return 0
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from decotrain.errors import (
     StateError,
     UnreachableError,
 )
-from decotrain.joining import Asked, ask
+from decotrain.farewell import end_well, say_last_words
+from decotrain.joining import Asked, ask, told_addresses
 from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, decode
 from decotrain.shared import SharedState
 
@@ -62,6 +63,7 @@ class Communicator:
             lambda: [(tag, -1) for tag in self._shared.fragments],
             self._shared.versions.declared,
             self._shared.installed,
+            lambda bound: told_addresses(bound, asked.advertise),
         )
 
     def _make_node(self, peer: int) -> Any:
@@ -451,7 +453,9 @@ def join(
     token_file: str | None = None,  # default DECOTRAIN_TOKEN_FILE
     config: Mapping[str, Any] | None = None,  # ours; a mismatch with the run's is refused
     min_peers: int | None = None,  # the first view waits for so many (coordinator's word wins)
-    listen: str | Sequence[str] | None = None,  # data addresses, default DECOTRAIN_LISTEN or any
+    listen: str | Sequence[str] | None = None,  # HOST or HOST:PORT; [] when nobody can dial us;
+    #                                    default DECOTRAIN_LISTEN, or a free port towards `address`
+    advertise: str | Sequence[str] | None = None,  # told to others; default DECOTRAIN_ADVERTISE
     timeout_s: float | None = None,  # None: wait for ever for the coordinator and the first view
     grace_s: float = 0.0,
     quorum: float = 1.0,
@@ -462,7 +466,8 @@ def join(
     round, `catch_up` or look at `members`. Until then nobody waits for it, so register state and
     build models in between.
     """
-    asked = ask(address, name, run, token_file, config, min_peers, listen)
+    say_last_words()
+    asked = ask(address, name, run, token_file, config, min_peers, listen, advertise)
     options = {"grace_s": grace_s, "quorum": quorum}
     comm = Communicator(asked, options)
     try:
@@ -470,6 +475,7 @@ def join(
     except BaseException:
         comm.close()
         raise
+    end_well(comm.leave)
     return comm
 
 

@@ -5,10 +5,13 @@ It opens no connection and sends nothing; a run of one gets its coordinator here
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,9 @@ from decotrain.control.server import ServerThread
 from decotrain.control.transport import split_address
 from decotrain.errors import ConfigError
 
+UNIX = "unix://"  # any free name
+SIOCGIFADDR = 0x8915  # linux/sockios.h
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -28,6 +34,7 @@ class Asked:
     who: mb.Identity
     fingerprint: int  # what peers of one run have in common
     listen: list[str]  # of the data plane
+    advertise: list[str]  # what others are told instead of the TCP addresses we listen on
     server: ServerThread | None  # our own coordinator, in a run of one
 
 
@@ -39,6 +46,7 @@ def ask(
     config: Mapping[str, Any] | None,
     min_peers: int | None,
     listen: str | Sequence[str] | None,
+    advertise: str | Sequence[str] | None = None,
 ) -> Asked:
     """Arguments first, then the environment that `decotrain run` sets, then this machine."""
     address = address or os.environ.get("DECOTRAIN_JOIN")
@@ -49,7 +57,10 @@ def ask(
         )
     run = run or os.environ.get("DECOTRAIN_RUN") or "default"
     host = "127.0.0.1" if address == "local" else own_host(address)
-    places = listen_addresses(listen, host)
+    if listen is None:
+        listen = [] if os.environ.get("DECOTRAIN_DIAL_ONLY") else os.environ.get("DECOTRAIN_LISTEN")
+    places = listen_addresses(host if listen is None else listen)
+    told = advertised(advertise or os.environ.get("DECOTRAIN_ADVERTISE") or "")
     number = fingerprint(run, token_file or os.environ.get("DECOTRAIN_TOKEN_FILE"))
     who = mb.Identity(
         run=run,
@@ -59,12 +70,13 @@ def ask(
         launch=os.environ.get("DECOTRAIN_LAUNCH", ""),
         config=dict(config) if config is not None else None,
         min_peers=min_peers or 0,
+        share=float(places != [UNIX]),  # who cannot be dialled owns nothing
     )
     server = None
     if address == "local":
         server = ServerThread(Options(run=run, min_peers=1))
         address = server.address
-    return Asked(address, who, number, places, server)
+    return Asked(address, who, number, places, told, server)
 
 
 def fingerprint(run: str, token_file: str | None) -> int:
@@ -94,25 +106,85 @@ def own_host(address: str) -> str:
         return "127.0.0.1"
 
 
-def listen_addresses(listen: str | Sequence[str] | None, host: str) -> list[str]:
+def listen_addresses(listen: str | Sequence[str]) -> list[str]:
     """What the node listens on: TCP where others can reach us, and a Unix socket for neighbours."""
-    if listen is None:
-        listen = os.environ.get("DECOTRAIN_LISTEN") or host
-    wanted = [listen] if isinstance(listen, str) else list(listen)
-    places = []
+    wanted = _split(listen)
+    places = [text for text in wanted if text.startswith("unix://")]
     for text in wanted:
-        if text.startswith("unix://"):
-            places.append(text)
+        if text in places:
             continue
-        bare = text.removeprefix("tcp://")
-        if bare.count(":") != 1 and not bare.startswith("["):
-            bare = f"[{bare}]:0" if ":" in bare else f"{bare}:0"
-        place, port = split_address(bare)
+        place, port = _host_port(text, 0)
         try:
-            numeric = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)[0][4][0]
+            found = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise ConfigError(f"cannot listen on {text}: {error}") from None
-        places.append(
-            f"tcp://[{numeric}]:{port}" if ":" in str(numeric) else f"tcp://{numeric}:{port}"
-        )
+            raise ConfigError(
+                f"cannot listen on {text}: {error.strerror or error}; name an address of this"
+                " machine (`ip address` lists them)"
+            ) from None
+        for numeric in sorted({str(entry[4][0]) for entry in found}, key=lambda n: ":" in n)[:1]:
+            places.append(_tcp(numeric, port))
+    return places if any(text.startswith("unix://") for text in places) else [*places, UNIX]
+
+
+def advertised(text: str | Sequence[str]) -> list[str]:
+    """Addresses for others, as given: names are resolved by those who dial. Port 0: our own."""
+    places = []
+    for one in _split(text):
+        host, port = _host_port(one, 0)
+        places.append(_tcp(host, port))
     return places
+
+
+def told_addresses(bound: Sequence[str], advertise: Sequence[str]) -> list[str]:
+    """What others are told of the addresses we got: every interface when bound to all of them."""
+    sockets = [text for text in bound if text.startswith("unix://")]
+    reached = [split_address(text) for text in bound if text not in sockets]
+    if advertise:
+        own = reached[0][1] if reached else 0
+        given = [split_address(text) for text in advertise]
+        return [*[_tcp(host, port or own) for host, port in given if port or own], *sockets]
+    told: list[str] = []
+    for host, port in reached:
+        everywhere = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+        places = interface_addresses(":" in host) if everywhere else [host]
+        told += [_tcp(place, port) for place in places]
+    return [*dict.fromkeys(told), *sockets]
+
+
+def interface_addresses(six: bool) -> list[str]:
+    """Of this machine's interfaces, what others may be able to use (Linux)."""
+    found = []
+    if six:
+        with suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:
+            rows = [line.split() for line in file]
+            found = [str(ipaddress.IPv6Address(int(row[0], 16))) for row in rows]
+    else:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                request = name.encode()[:15].ljust(40, b"\0")
+                with suppress(OSError):  # an interface without an address
+                    answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
+                    found.append(socket.inet_ntoa(answer[20:24]))
+    useful = [
+        place for place in found if not place.startswith(("127.", "fe80:")) and place != "::1"
+    ]
+    return list(dict.fromkeys(useful)) or ["::1" if six else "127.0.0.1"]
+
+
+def _split(text: str | Sequence[str]) -> list[str]:
+    parts = text.split(",") if isinstance(text, str) else text
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _host_port(text: str, port: int) -> tuple[str, int]:
+    """'HOST', 'HOST:PORT', '[V6]:PORT', 'V6'; without a port it is the one given."""
+    bare = text.removeprefix("tcp://")
+    if bare.count(":") != 1 and not bare.startswith("["):
+        bare = f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+    elif bare.endswith("]"):
+        bare = f"{bare}:{port}"
+    return split_address(bare)
+
+
+def _tcp(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

@@ -122,7 +122,4 @@ def test_status_of_nobody(run_dir: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    done = run(["status", f"127.0.0.1:{port}"], run_dir)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "no coordinator answers" in done.stderr
+    assert_refused(run(["status", f"127.0.0.1:{port}"], run_dir), "no coordinator answers")

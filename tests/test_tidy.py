@@ -205,6 +205,7 @@ FENCES = {
         "outer",
         "spsa",
         "train",
+        "launch",
         "communicator",
         "tensors",
         "cuda",
@@ -228,7 +229,18 @@ def test_dependencies_stay_behind_their_fences() -> None:
     none(out, "dependencies are used where they belong")
 
 
-@pytest.mark.parametrize("module", ["decotrain", "decotrain.errors", "decotrain.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "decotrain",
+        "decotrain.errors",
+        "decotrain.cli",
+        "decotrain.operate",
+        "decotrain.control.client",
+        "decotrain.control.server",
+        "decotrain.launch.options",
+    ],
+)
 def test_light_modules_do_not_import_torch(module: str) -> None:
     """`decotrain --help` and the coordinator work, at once, on a machine without torch."""
     if not list(ROOT.glob(module.replace(".", "/") + "*")):

@@ -84,12 +84,14 @@ class Agent:
         # (view, tags of the plan, held before it, void, adopt) after an install; False: what we
         # hold is void
         on_install: Callable[..., bool] = lambda *_: True,
+        tell: Callable[[list[str]], list[str]] = list,  # addresses of the node -> for others
     ) -> None:
         self.address = address
         self.make_node = make_node
         self.declared = declared
         self.held = held
         self.on_install = on_install
+        self.tell = tell
         self.shared = Shared()
         self.rng = random.Random(new_peer_id())  # noqa: S311 (jitter, not a key)
         self.context: zmq.Context[Any] = zmq.Context()
@@ -123,7 +125,7 @@ class Agent:
 
     def _incarnate(self, who: mb.Identity) -> None:
         node = self.make_node(who.peer)
-        addresses = list(node.addresses)[: m.ADDRESSES_MAX]
+        addresses = self.tell(list(node.addresses))[: m.ADDRESSES_MAX]
         who = replace(who, addresses=addresses)
         self.node = node
         self.socket = connect_dealer(self.context, self.address, identity(who.peer))

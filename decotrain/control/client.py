@@ -8,7 +8,7 @@ import zmq
 
 from decotrain.control import messages as m
 from decotrain.control.transport import connect_dealer
-from decotrain.errors import ConfigError, MessageError, UnreachableError
+from decotrain.errors import ConfigError, MessageError, RefusedError, UnreachableError
 
 
 def _ask(address: str, message: Any, kind: type[Any], timeout_s: float) -> Any:
@@ -27,6 +27,8 @@ def _ask(address: str, message: Any, kind: type[Any], timeout_s: float) -> Any:
             socket.close()
     finally:
         context.term()
+    if isinstance(answer, m.Done) and kind is not m.Done:
+        raise RefusedError(f"the coordinator at {address}: {answer.detail}")
     if not isinstance(answer, kind):
         raise MessageError(f"{address} answered with {type(answer).__name__}")
     return answer
@@ -40,13 +42,22 @@ def status(
     return answer.status
 
 
-def kick(address: str, run: str, name: str, reason: str = "", timeout_s: float = 5.0) -> None:
-    """Leaves out the one peer whose id (16 hex digits) or name's beginning is `name`."""
+def kick(
+    address: str,
+    run: str,
+    name: str,
+    *,
+    leave: bool = False,  # asks it to leave instead; it may come back
+    reason: str = "",
+    timeout_s: float = 5.0,
+) -> str:
+    """Leaves out the peer whose id (16 hex digits) or name's beginning is `name`; who it was."""
     peer = int(name, 16) if len(name) == 16 and all(c in "0123456789abcdef" for c in name) else 0
-    message = m.Kick(run, peer, "" if peer else name, reason)
+    message = m.Kick(run, peer, "" if peer else name, leave, reason)
     answer: m.Done = _ask(address, message, m.Done, timeout_s)
     if not answer.ok:
         raise ConfigError(f"cannot leave out {name!r}: {answer.detail}; see `decotrain status`")
+    return answer.detail
 
 
 def exited(

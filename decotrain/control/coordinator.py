@@ -112,15 +112,16 @@ class Coordinator:
     # --- messages
 
     def _receive(self, source: bytes, message: Any, now: float) -> None:
-        if isinstance(message, m.AskStatus):
-            if message.run in ("", self.record.run):
-                self.effects.append(Send(source, m.Status(self.status(now, message.events_after))))
+        if isinstance(message, m.AskStatus) and message.run in ("", self.record.run):
+            self.effects.append(Send(source, m.Status(self.status(now, message.events_after))))
             return
         if message.run != self.record.run:
+            reason = f"this is run {self.record.run!r}, not {message.run!r}: use the address"
+            reason += " of that run's coordinator, or give the other run name"
             if isinstance(message, m.Hello):
-                reason = f"this is run {self.record.run!r}, not {message.run!r}: use the address"
-                reason += " of that run's coordinator, or give the other run name"
                 self._refuse(source, message, reason, now)
+            elif isinstance(message, m.AskStatus | m.Kick | m.Exited):
+                self.effects.append(Send(source, m.Done(False, reason)))
             return
         if isinstance(message, m.Exited):
             self._exited(source, message, now)
@@ -320,9 +321,15 @@ class Coordinator:
             self.effects.append(Send(source, m.Done(False, detail)))
             return
         if len(found) == 1:
-            reason = message.detail or "left out by an operator"
-            self.leave_out(found[0], "kicked", reason, now)
-        self.effects.append(Send(source, m.Done(len(found) == 1, f"{len(found)} peers match")))
+            alone = self.known() == set(
+                found
+            )  # else it would stay, as the last who holds the state
+            kind = "left" if message.leave or alone else "kicked"
+            reason = m.ASKED_TO_LEAVE if message.leave else "kicked out by an operator"
+            reason += f" ({message.detail})" if message.detail else ""
+            self.leave_out(found[0], kind, reason, now)
+        detail = self.name(found[0]) if len(found) == 1 else f"{len(found)} peers match"
+        self.effects.append(Send(source, m.Done(len(found) == 1, detail)))
 
     def _suspect_silent(self, now: float) -> None:
         timeout_s = self.options.suspect_timeout_s

@@ -39,6 +39,7 @@ CONFIG_BYTES_MAX = 256 << 10
 FIGURES_MAX = 32
 PEERS_MAX = 64
 ADDRESSES_MAX = 8
+ASKED_TO_LEAVE = "asked to leave by an operator"
 
 name = text(128, 1)
 note = text(512)
@@ -150,9 +151,12 @@ class Exited:
 
 @dataclass(frozen=True)
 class Kick:
+    """An operator leaves a peer out, or asks it to leave."""
+
     run: Annotated[str, name]
-    peer: Annotated[int, u64]
-    name: Annotated[str, text(128)]
+    peer: Annotated[int, u64]  # 0: by name
+    name: Annotated[str, text(128)]  # or how it begins
+    leave: Annotated[bool, boolean]
     detail: Annotated[str, note]
 
 

@@ -113,9 +113,9 @@ def test_a_kicked_peer_stays_out(coordinator: ServerThread) -> None:
     a, b = agent(coordinator.address, "a"), agent(coordinator.address, "b")
     try:
         until(lambda: len(a.shared.members) == 2 == len(b.shared.members))
-        client.kick(coordinator.address, "default", "b", "out with you")
+        client.kick(coordinator.address, "default", "b", reason="out with you")
         until(lambda: b.shared.over is not None and len(a.shared.members) == 1)
-        assert b.shared.over == "out with you"
+        assert b.shared.over == "kicked out by an operator (out with you)"
         with pytest.raises(ConfigError, match="0 peers match"):
             client.kick(coordinator.address, "default", "nobody")
     finally:

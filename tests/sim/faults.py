@@ -185,7 +185,7 @@ def slow(world: World) -> None:
 def kick(world: World) -> None:
     victim = _victim(world)
     if victim is not None:
-        data = m.encode(m.Kick("sim", victim.id, "", "kicked"))
+        data = m.encode(m.Kick("sim", victim.id, "", False, "kicked"))
         world.to_coordinator(b"operator", data)
 
 

@@ -1,0 +1,214 @@
+"""`decotrain run`: what torchrun documents of restarts, signals and exit codes holds for a peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decotrain.control import client
+from decotrain.control.coordinator import Options
+from decotrain.control.server import ServerThread
+from decotrain.errors import ConfigError
+from decotrain.launch.options import parse
+
+WAIT_S = 90.0
+WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+TELL = f"""
+import json, os, sys, time
+told = {{key: os.environ[key] for key in {WORDS!r}}}
+print("told", json.dumps([told, sys.argv[1:]]), flush=True)
+"""
+JOIN = """
+import decotrain as dt
+comm = dt.join(timeout_s=60)
+comm.members
+print("in", comm.peer, flush=True)
+"""
+ROUNDS = """
+import numpy
+while True:
+    comm.all_reduce(numpy.ones(4, numpy.float32)).wait()
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def coordinator() -> Iterator[ServerThread]:
+    server = ServerThread(Options(run="test", min_peers=1))
+    yield server
+    server.stop()
+
+
+class Started:
+    """A `decotrain run` in the background."""
+
+    def __init__(self, folder: Path, code: str, *options: str, arguments: tuple[str, ...] = ()):
+        (folder / "script.py").write_text(code)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "decotrain.cli", "run", *options, "script.py", *arguments],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )  # fmt: skip
+
+    def line(self, beginning: str) -> str:
+        """The next line that begins so; what follows."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(beginning):
+                return line.removeprefix(beginning).strip()
+        raise AssertionError(self.process.communicate()[1])
+
+    def end(self) -> tuple[int, str, str]:
+        out, errors = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, out, errors
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()  # and it ends its own processes
+            self.process.communicate(timeout=WAIT_S)
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Waits for the outside world; the bound is only there to end a broken test."""
+    end_s = time.monotonic() + WAIT_S
+    while not what():
+        assert time.monotonic() < end_s, "it never came true"
+        time.sleep(0.05)
+
+
+def peers(coordinator: ServerThread) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = client.status(coordinator.address, "test")["peers"]
+    return rows
+
+
+def events(coordinator: ServerThread) -> list[tuple[str, str]]:
+    known = client.status(coordinator.address, "test")["events"]
+    return [(event["kind"], event["text"]) for event in known]
+
+
+def test_several_processes_are_one_group_with_prefixed_lines(run_dir: Path) -> None:
+    options = ("--standalone", "--nproc-per-node=2", "--log-dir", "logs")
+    with Started(run_dir, TELL, *options, arguments=("--lr", "1")) as started:
+        code, out, errors = started.end()
+    assert code == 0, errors
+    lines = [line for line in out.splitlines() if " told " in line]
+    assert sorted(line[:4] for line in lines) == ["[0] ", "[1] "]
+    for line in lines:
+        told, arguments = json.loads(line.partition(" told ")[2])
+        assert told["RANK"] == told["LOCAL_RANK"] == line[1]
+        assert told["WORLD_SIZE"] == told["LOCAL_WORLD_SIZE"] == "2"
+        assert arguments == ["--lr", "1"]
+    assert len(list((run_dir / "logs").rglob("stdout.log"))) == 2
+
+
+def test_a_failed_script_is_started_again_as_a_new_incarnation(
+    run_dir: Path, coordinator: ServerThread
+) -> None:
+    code = TELL + JOIN + "sys.exit(7 if told['TORCHELASTIC_RESTART_COUNT'] == '0' else 0)"
+    options = ("--join", coordinator.address, "--run", "test", "--max-restarts", "1")
+    with Started(run_dir, code, *options) as started:
+        ids = [started.line("in "), started.line("in ")]
+        code, _, errors = started.end()
+    assert code == 0
+    assert "exit code 7" in errors
+    assert "started again" in errors
+    assert ids[0] != ids[1]
+    joined = [text for kind, text in events(coordinator) if kind == "joined"]
+    assert len(joined) == 2
+    until(lambda: not peers(coordinator))
+
+
+def test_a_killed_peer_is_left_out_at_once_and_given_up_after_its_restarts(
+    run_dir: Path, coordinator: ServerThread
+) -> None:
+    code = "import os\n" + JOIN + "print('pid', os.getpid(), flush=True)\nimport time\n" + ROUNDS
+    options = ("--join", coordinator.address, "--run", "test", "--max-restarts", "0")
+    with Started(run_dir, code, *options) as started:
+        os.kill(int(started.line("pid ")), signal.SIGKILL)
+        code, _, errors = started.end()
+    assert code == 1  # as torchrun
+    assert errors.splitlines()[-1] == "decotrain: process 0 ended: killed by SIGKILL"
+    assert any("SIGKILL" in text for kind, text in events(coordinator) if kind == "suspected")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_forwarded_and_the_peer_leaves_in_order(
+    run_dir: Path, coordinator: ServerThread, number: signal.Signals
+) -> None:
+    options = ("--join", coordinator.address, "--run", "test")
+    with Started(run_dir, "import time\n" + JOIN + ROUNDS, *options) as started:
+        started.line("in ")
+        until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
+        started.process.send_signal(number)
+        code, _, _ = started.end()
+    assert code == 128 + number
+    kinds = [kind for kind, _ in events(coordinator)]
+    assert "left" in kinds
+    assert "suspected" not in kinds
+
+
+@pytest.mark.parametrize(("command", "code"), [("kick", 2), ("leave", 0)])
+def test_who_is_left_out_is_not_started_again(
+    run_dir: Path, coordinator: ServerThread, command: str, code: int
+) -> None:
+    options = ("--join", coordinator.address, "--run", "test", "--name", "here")
+    with Started(run_dir, "import time\n" + JOIN + ROUNDS, *options) as started:
+        started.line("in ")
+        until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
+        done = subprocess.run(
+            [sys.executable, "-m", "decotrain.cli", command, coordinator.address, "here",
+             "--run", "test"],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True, text=True, check=False, timeout=WAIT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("here ")
+        ended, _, errors = started.end()
+    assert ended == code
+    assert len(errors.splitlines()) == 1, errors
+    assert "by an operator" in errors
+
+
+def test_options() -> None:
+    options = parse(["--standalone", "--nproc_per_node", "4", "-m", "package.train", "--join", "x"])
+    assert options.join is None
+    assert (options.processes, options.tee) == (4, "3")
+    assert (options.module, options.entrypoint) == (True, "package.train")
+    assert options.arguments == ("--join", "x")
+    assert parse(["--join", "h:1", "--no-python", sys.executable, "-V"]).arguments == ("-V",)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["script.py"], "--standalone"),
+        (["--standalone", "--join", "h:1", __file__], "leave one out"),
+        (["--standalone", "missing.py"], "no script missing.py"),
+        (["--standalone", "--no-python", "no-such-program"], "no program"),
+        (["--standalone", "-m", "--no-python", "x"], "-m names"),
+        (["--standalone", "--nproc", "0", __file__], "1..1024"),
+        (["--standalone", "--nproc", "two", __file__], "gpu, cpu or auto"),
+        (["--standalone", "--max-restarts", "-1", __file__], "0 or more"),
+        (["--standalone", "--monitor-interval", "0", __file__], "0.001..3600"),
+        (["--standalone", "--dial-only", "--listen", "1.2.3.4", __file__], "--dial-only"),
+        (["--standalone", "--local-ranks-filter", "a", __file__], "numbers"),
+    ],
+)
+def test_wrong_options_name_the_remedy(
+    words: list[str], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DECOTRAIN_JOIN", raising=False)
+    with pytest.raises(ConfigError, match=part):
+        parse(words)
