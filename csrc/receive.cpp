@@ -250,10 +250,12 @@ void Impl::take_contribution(Round& round, const Member& from, const Header& hea
   Chunk& chunk = round.chunks[header.chunk];
   if (planted(Plant::waived_added) && chunk.held) round.drop_value(header.chunk);
   const auto weight = std::bit_cast<double>(header.a);
-  if (corrupt(round, from, header, incoming) && round.corrupt[from.slot] <= kCorruptAsked) return;
-  const bool sound =
-      round.corrupt[from.slot] <= kCorruptAsked && std::isfinite(weight) && weight > 0.0 &&
-      valid(round.spec.contribution, incoming.target, chunk_elements(round.spec, header.chunk));
+  // Plain floats are looked at when they are combined (combine_without_bad). Scales must be right
+  // before anything is decoded with them, lengths before they are compared.
+  const bool plain = round.spec.contribution <= Codec::f16 && round.spec.rule != Rule::norm_clip;
+  const bool sound = std::isfinite(weight) && weight > 0.0 &&
+                     (plain || valid(round.spec.contribution, incoming.target,
+                                     chunk_elements(round.spec, header.chunk)));
   if (sound) {
     chunk.received |= bit(from.slot);
     chunk.contributions.push_back({from.slot, weight, incoming.target, incoming.keep});

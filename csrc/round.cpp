@@ -58,7 +58,7 @@ void Round::lay_out_fresh(const View& view, const Roles& roles) {
       if ((roles.active & bit(slot)) != 0) {
         chunks[c].owner = slot;
       } else {
-        set_value(c, {}, 0, decotrain::digest({}), 0, view.id);
+        set_empty(c, view.id);
       }
     }
     return;
@@ -163,7 +163,7 @@ bool Round::combine_chunk(std::uint32_t c, const Roles& roles, ViewId view) {
   }
   chunk.sender = roles.self;
   if (contributors == 0) {
-    set_value(c, {}, 0, decotrain::digest({}), 0, view);
+    set_empty(c, view);
     return true;
   }
   if (spec.op == Op::collect) {
@@ -185,13 +185,29 @@ bool Round::combine_chunk(std::uint32_t c, const Roles& roles, ViewId view) {
   Place where = place(c, bytes);
   if (!combine(spec.rule, spec.rule_parameter, spec.contribution, from, elements, spec.result,
                where.at)) {
-    set_value(c, {}, 0, decotrain::digest({}), 0, view);
     return false;
   }
   const std::uint64_t value_digest = decotrain::digest({where.at, bytes});
   set_value(c, std::move(where), static_cast<std::uint32_t>(bytes), value_digest, contributors,
             view);
   return true;
+}
+
+void Round::set_empty(std::uint32_t c, ViewId view) {
+  set_value(c, {}, 0, decotrain::digest({}), 0, view);
+}
+
+SlotMask Round::drop_not_finite(std::uint32_t c) {
+  Chunk& chunk = chunks[c];
+  SlotMask dropped = 0;
+  std::erase_if(chunk.contributions, [&](const HeldContribution& one) {
+    if (valid(spec.contribution, one.bytes, chunk_elements(spec, c))) return false;
+    dropped |= bit(one.slot);
+    return true;
+  });
+  chunk.received &= ~dropped;
+  chunk.waived |= dropped;
+  return dropped;
 }
 
 std::uint64_t Round::compute_digest() const {
@@ -214,6 +230,7 @@ RoundResult Round::result(Outcome outcome, ViewId view) const {
   out.view = view;
   out.digest = digest;
   out.begun = begun;
+  out.withdrawn = withdrawn;
   if (outcome != Outcome::stable) return out;
   auto keep = std::make_shared<ResultKeep>();
   keep->results = results;

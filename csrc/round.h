@@ -55,8 +55,7 @@ struct Chunk {
   // As contributor.
   bool owner_has_ours = false;
   bool contribution_queued = false;
-  bool contribution_hashed = false;
-  std::uint64_t contribution_digest = 0;
+  bool contribution_finite = false;
   SlotMask result_queued = 0;
 
   // The place in the round's result buffer: written once, by one receiver at a time.
@@ -93,6 +92,7 @@ struct Round {
   bool planned = false;  // owners come from a plan, not from the view
   bool contributes = false;
   bool skips = false;
+  bool withdrawn = false;  // contributed until a value was found that is not finite
   bool stable_by_plan = false;
   std::uint64_t plan_digest = 0;  // what the round's digest must be, if stable by plan
   bool settled = false;           // stable, lost or left: waits to be handed over
@@ -141,8 +141,11 @@ struct Round {
   void set_value(std::uint32_t chunk, Place where, std::uint32_t bytes, std::uint64_t value_digest,
                  SlotMask contributors, ViewId born);
   void drop_value(std::uint32_t chunk);
-  // Combines what the owner holds; false when the sum is not finite: the value is then empty.
+  // Combines what the owner holds; false, and nothing has changed, when the sum is not finite.
   bool combine_chunk(std::uint32_t chunk, const Roles& roles, ViewId view);
+  // Takes out the contributions that are not finite; who they are from.
+  SlotMask drop_not_finite(std::uint32_t chunk);
+  void set_empty(std::uint32_t chunk, ViewId view);
   std::uint64_t compute_digest() const;
   RoundResult result(Outcome outcome, ViewId view) const;
   RoundReport report() const;

@@ -33,6 +33,8 @@ void for_pieces(const Segments& segments, std::size_t first, std::size_t count, 
 
 // Buffers above this do not fit a cache; writing them past it saves reading them first.
 constexpr std::size_t kStreamBytes = std::size_t{8} << 20;
+// Borrowed buffers above this are looked at for NaN as they are sent.
+constexpr std::size_t kLookLaterBytes = std::size_t{2} << 20;
 
 // Copies floats past the cache; false when one is not finite.
 bool copy_past_cache(const std::byte* from, std::byte* to, std::size_t elements) {
@@ -123,8 +125,11 @@ Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const 
   const bool feedback = !residual.empty();
   if (borrow && !feedback && segments.size() == 1 && segments[0].type == Codec::f32 &&
       spec.contribution == Codec::f32) {
-    if (!valid(Codec::f32, segments[0].data, segments[0].elements)) throw NotFinite{0};
-    return {segments[0].data, owner};
+    const std::byte* const here = segments[0].data;
+    const std::size_t elements = segments[0].elements;
+    if (elements * sizeof(float) > kLookLaterBytes) return {here, owner, false};
+    if (!valid(Codec::f32, here, elements)) throw NotFinite{0};
+    return {here, owner};
   }
   const std::uint32_t chunks = chunk_count(spec);
   std::size_t bytes = 0;

@@ -170,6 +170,12 @@ class Result:
     def begun(self) -> bool: ...
 
     @property
+    def withdrawn(self) -> bool:
+        """
+        The borrowed buffer holds NaN or infinity: some or all chunks lack our contribution.
+        """
+
+    @property
     def outcome(self) -> str: ...
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from decotrain import tensors as tn
-from decotrain.errors import RoundError, WaitTimeoutError
+from decotrain.errors import NotFiniteError, RoundError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from decotrain.communicator import Communicator
@@ -66,6 +66,7 @@ class Work:
         self.comm, self.tag = comm, tag
         self._work, self._incarnation, self._out, self._again = work, incarnation, out, again
         self._result: Result | None = None
+        self._told = False  # that our contribution was withdrawn
 
     @property
     def seq(self) -> int | None:
@@ -102,6 +103,8 @@ class Work:
                         f"round {self.seq} of tag {self.tag} is not complete yet: {comm._why()}"
                     )
             held = self._work.result()
+            if held is not None and held.withdrawn:
+                self._withdrawn()
         except RuntimeError as error:
             if comm._between(self._incarnation, error):
                 return comm._lost(self.tag)
@@ -111,6 +114,17 @@ class Work:
                 return comm._lost(self.tag)
             held = comm._shared.next_missed(self.tag)
         return comm._result(held, self._out)
+
+    def _withdrawn(self) -> None:
+        """A borrowed tensor was found not to be finite while it was being sent."""
+        skipped = self.comm._shared.skipped.setdefault(self.tag, [])
+        if not self._told:
+            skipped.append(self._work)  # its result is missed, like that of a round begun with NaN
+        self._told = True
+        raise NotFiniteError(
+            f"round of tag {self.tag}: tensor 0 contains NaN or infinity; our contribution is"
+            " withdrawn, the others go on without it"
+        )
 
 
 def decode(held: Any, places: list[Any]) -> None:

@@ -176,6 +176,35 @@ def test_a_poisoned_contribution_is_refused_here_and_waits_for_nobody(
     assert result.tensor.tolist() == [1.0] * 3
 
 
+def test_a_poisoned_borrowed_tensor_is_refused_at_the_latest_by_wait(
+    coordinator: ServerThread,
+) -> None:
+    elements = 1_000_000
+
+    def poisoned() -> None:
+        with join(coordinator.address) as comm:
+            values = np.zeros(elements, np.float32)
+            values[-1] = np.inf
+            work = comm.all_reduce(values, borrow=True)
+            for _ in range(2):
+                with pytest.raises(NotFiniteError, match="tensor 0 contains NaN"):
+                    work.wait(WAIT_S)
+            assert np.isinf(values).sum() == 1
+            assert comm.all_reduce(np.ones(1, np.float32)).wait(WAIT_S).seq == 1
+            comm.collect(None, tag=1).wait(WAIT_S)
+
+    def healthy() -> Any:
+        with join(coordinator.address) as comm:
+            result = comm.all_reduce(np.ones(elements, np.float32)).wait(WAIT_S)
+            comm.all_reduce(np.ones(1, np.float32)).wait(WAIT_S)
+            comm.collect(None, tag=1).wait(WAIT_S)
+            return result
+
+    result = together(healthy, poisoned)[0]
+    assert np.isfinite(result.tensor).all()
+    assert result.tensor[-1] == 1.0
+
+
 def test_a_newcomer_fetches_what_the_others_hold_and_takes_part(coordinator: ServerThread) -> None:
     a, b = make(coordinator.address, 1.0), make(coordinator.address, 2.0)
     together(lambda: a.rounds(5), lambda: b.rounds(5))

@@ -115,6 +115,25 @@ def test_what_begin_refuses() -> None:
             result.decode_into([readonly])
 
 
+def test_a_large_borrowed_buffer_is_looked_at_while_it_is_sent() -> None:
+    elements = 1_000_000
+    with team(2) as nodes:
+        for place in (3, elements // 2, elements - 1):
+            bad, good = np.zeros(elements, np.float32), np.ones(elements, np.float32)
+            bad[place] = np.nan
+            works = [n.begin([a], borrow=True) for n, a in zip(nodes, (bad, good), strict=True)]
+            mine, others = results(works)
+            assert mine.withdrawn
+            assert not others.withdrawn
+            lacking = [who for who in others.chunk_contributors if who == [11]]
+            assert lacking, "nobody noticed"
+            others.decode_into([good])
+            assert set(good.tolist()) <= {0.5, 1.0}
+            assert np.isnan(bad).sum() == 1, "a borrowed buffer was written to"
+        events = [e for node in nodes for e in node.events() if e["kind"] == "refused"]
+        assert {e["peer"] for e in events} == {10}
+
+
 def test_collect() -> None:
     with team(3) as nodes:
         works = [n.collect(b"peer %d" % n.peer if n.peer != 11 else None) for n in nodes]

@@ -39,6 +39,14 @@ struct Job {
 
 // weights: factors of each contribution; the total is multiplied by `factor` at the end.
 bool combine_linear(const Job& job, From from, std::span<const float> weights, float factor) {
+  if (job.codec == Codec::f32 && job.result_codec == Codec::f32) {
+    std::vector<const float*> values;
+    for (const Contribution& one : from) {
+      values.push_back(reinterpret_cast<const float*>(one.bytes));
+    }
+    return kernels().combine_f32(values.data(), weights.data(), values.size(), factor, job.elements,
+                                 reinterpret_cast<float*>(job.result));
+  }
   std::array<float, kSegment> total;
   const auto accumulate = kernels().accumulate[static_cast<std::size_t>(job.codec)];
   for (std::size_t begin = 0; begin < job.elements; begin += kSegment) {

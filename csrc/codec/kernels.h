@@ -34,6 +34,10 @@ struct Kernels {
   // total[i] = weight * value[i] when first, else total[i] + weight * value[i].
   void (*accumulate[kCodecCount])(const Place& in, std::size_t elements, float weight, bool first,
                                   float* total);
+  // out[i] = factor * (weights[0] * from[0][i] + weights[1] * from[1][i] + ...), count > 0 terms,
+  // in one pass. False: a value of `out` is NaN or infinite.
+  bool (*combine_f32)(const float* const* from, const float* weights, std::size_t count,
+                      float factor, std::size_t elements, float* out);
 };
 
 extern const Kernels kScalarKernels;

@@ -428,6 +428,44 @@ void accumulate_with(const Place& in, std::size_t elements, float weight, bool f
 }
 
 template <typename V>
+typename V::I combine_one(const float* const* from, const float* weights, std::size_t count,
+                          typename V::F factor, std::size_t i, float* out) {
+  auto total = V::mul(V::set(weights[0]), V::load(from[0] + i));
+  for (std::size_t k = 1; k < count; ++k) {
+    total = V::add(total, V::mul(V::set(weights[k]), V::load(from[k] + i)));
+  }
+  total = V::mul(total, factor);
+  V::store(out, total);
+  return V::both(V::bits(total), V::set(kMagnitude));
+}
+
+template <typename V>
+bool combine_f32_with(const float* const* from, const float* weights, std::size_t count,
+                      float factor_of_all, std::size_t elements, float* out) {
+  const auto factor = V::set(factor_of_all);
+  auto largest = V::set(0u);
+  std::size_t i = 0;
+  for (; i + 16 <= elements; i += 16) {
+    largest = V::max(largest, combine_one<V>(from, weights, count, factor, i, out + i));
+  }
+  for (; i < elements; ++i) {  // fewer than 16: one lane each, in the same order
+    float lanes[16] = {};
+    float value[16];
+    auto total = V::set(0.0f);
+    for (std::size_t k = 0; k < count; ++k) {
+      lanes[0] = from[k][i];
+      const auto term = V::mul(V::set(weights[k]), V::load(lanes));
+      total = k == 0 ? term : V::add(total, term);
+    }
+    total = V::mul(total, factor);
+    largest = V::max(largest, V::both(V::bits(total), V::set(kMagnitude)));
+    V::store(value, total);
+    out[i] = value[0];
+  }
+  return V::largest(largest) < kInfinity;
+}
+
+template <typename V>
 constexpr Kernels make_kernels() noexcept {
   return {{encode_with<V, F32>, encode_with<V, Bf16>, encode_with<V, F16>, encode_with<V, Int8>,
            encode_with<V, E2m1>, encode_with<V, E3m0>, encode_with<V, Int2>},
@@ -435,7 +473,8 @@ constexpr Kernels make_kernels() noexcept {
            decode_with<V, E2m1>, decode_with<V, E3m0>, decode_with<V, Int2>},
           {accumulate_with<V, F32>, accumulate_with<V, Bf16>, accumulate_with<V, F16>,
            accumulate_with<V, Int8>, accumulate_with<V, E2m1>, accumulate_with<V, E3m0>,
-           accumulate_with<V, Int2>}};
+           accumulate_with<V, Int2>},
+          combine_f32_with<V>};
 }
 
 }  // namespace

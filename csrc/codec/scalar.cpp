@@ -267,6 +267,18 @@ DT_DECODE(e3m0)
 DT_DECODE(int2)
 #undef DT_DECODE
 
+bool combine_f32(const float* const* from, const float* weights, std::size_t count, float factor,
+                 std::size_t elements, float* out) {
+  bool finite = true;
+  for (std::size_t i = 0; i < elements; ++i) {
+    float total = mul(weights[0], from[0][i]);
+    for (std::size_t k = 1; k < count; ++k) total = add(total, mul(weights[k], from[k][i]));
+    out[i] = mul(total, factor);
+    finite &= (bits(out[i]) & kMagnitude) < kInfinity;
+  }
+  return finite;
+}
+
 }  // namespace
 
 const Kernels kScalarKernels = {
@@ -274,6 +286,7 @@ const Kernels kScalarKernels = {
      encode_e3m0, encode_int2},
     {decode_f32, decode_bf16, decode_f16, decode_int8, decode_e2m1, decode_e3m0, decode_int2},
     {accumulate_f32, accumulate_bf16, accumulate_f16, accumulate_int8, accumulate_e2m1,
-     accumulate_e3m0, accumulate_int2}};
+     accumulate_e3m0, accumulate_int2},
+    combine_f32};
 
 }  // namespace decotrain

@@ -350,6 +350,9 @@ void bind_results(nb::module_& m) {
       .def_prop_ro("digest", [](const Held& h) { return h.result->digest; })
       .def_prop_ro("view", [](const Held& h) { return h.result->view; })
       .def_prop_ro("begun", [](const Held& h) { return h.result->begun; })
+      .def_prop_ro(
+          "withdrawn", [](const Held& h) { return h.result->withdrawn; },
+          "The borrowed buffer holds NaN or infinity: some or all chunks lack our contribution.")
       .def_prop_ro("outcome", [](const Held& h) { return outcome_name(h.result->outcome); })
       .def_prop_ro("elements", [](const Held& h) { return h.result->spec.elements; })
       .def_prop_ro(

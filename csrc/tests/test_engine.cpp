@@ -211,6 +211,53 @@ TEST_CASE("a NaN is left out and its sender named; the round goes on without it"
   for (const float value : decoded(result)) CHECK(std::isfinite(value));
 }
 
+TEST_CASE("a borrowed buffer that is not finite is withdrawn when it is found") {
+  for (const std::size_t where : {5, 70, 150, 199}) {  // own chunk and others'
+    CAPTURE(where);
+    Group group(3);
+    const RoundSpec spec = spec_for(Op::sum, 200, 64);
+    auto bad = std::make_shared<std::vector<float>>(200, 1.0f);
+    (*bad)[where] = std::numeric_limits<float>::infinity();
+    BeginArgs args;
+    args.spec = spec;
+    args.snapshot = {reinterpret_cast<const std::byte*>(bad->data()), bad, false};
+    group.engines[0]->begin(std::move(args), 0.0);
+    group.begin(1, spec, std::vector<float>(200, 2.0f));
+    group.begin(2, spec, std::vector<float>(200, 4.0f));
+    group.pump();
+    const RoundResult mine = group.engines[0]->take_result(0, 0);
+    const RoundResult theirs = group.engines[1]->take_result(0, 0);
+    CHECK(mine.withdrawn);
+    CHECK_FALSE(theirs.withdrawn);
+    CHECK(mine.digest == theirs.digest);
+    CHECK(theirs.contributors[where / 64] == 6);
+    for (const float value : decoded(theirs)) CHECK((value == 6.0f || value == 7.0f));
+    std::size_t named = 0;
+    for (const Event& event : group.engines[0]->take_events()) {
+      if (event.kind != EventKind::refused) continue;
+      ++named;
+      CHECK(event.peer == 100);
+    }
+    CHECK(named == 1);
+    for (const Event& event : group.engines[1]->take_events()) {
+      CHECK(event.kind != EventKind::refused);  // it was not even sent
+    }
+  }
+}
+
+TEST_CASE("finite contributions whose sum is not leave an empty chunk") {
+  Group group(2);
+  RoundSpec spec = spec_for(Op::sum, 100, 64);
+  std::vector<float> large(100, 1.0f);
+  large[70] = std::numeric_limits<float>::max();
+  for (std::size_t i = 0; i < 2; ++i) group.begin(i, spec, large);
+  group.pump();
+  const RoundResult result = group.engines[0]->take_result(0, 0);
+  CHECK(result.contributors == std::vector<SlotMask>{3, 0});
+  CHECK(decoded(result) == std::vector<float>(64, 2.0f));
+  CHECK_FALSE(result.withdrawn);
+}
+
 TEST_CASE("two rounds of two tags are open at once, in any order of beginning") {
   Group group(3);
   const RoundSpec spec = spec_for(Op::sum, 300, 64);
