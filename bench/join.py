@@ -1,9 +1,9 @@
 """A newcomer fetches the state of a live run: how fast, and what the others notice of it.
 
 3 peers hold a state; a fourth joins and fetches it from all of them, once while they do nothing
-and once while they run rounds of another tag back to back. A sample is one newcomer, checked byte
-by byte against a peer's state. It does not measure a state that changes during the fetch (which
-then begins again), nor a real network.
+and once while they run rounds of another tag back to back; in the end once more while tiny rounds
+move the state itself, back to back, so that it is never the same for as long as a fetch takes. A
+sample is one newcomer, checked byte by byte against a peer's state. It measures no real network.
 
 Options (`--set`): mib=1024 (of state), round_mib=4, peers=3.
 """
@@ -14,8 +14,10 @@ import itertools
 import statistics
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from bench.common import Report, Settings, log
 from bench.fleet import HANG_S, Fleet, activate, ask_all, sleep_until
@@ -37,7 +39,16 @@ def hold(state: SimpleNamespace, size: int, seed: int | None) -> None:
         state.array = np.full(size, 0xAA, np.uint8)
     else:
         state.array = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
-    state.comm.register_state(STATE, {"w": state.array}, version=0)
+    state.comm.register_state(STATE, {"w": state.array}, 0, effect_on(state.array))
+
+
+def effect_on(array: Any) -> Callable[[Any], None]:
+    """What a round of the state's tag does: each byte moves by the round's second value."""
+
+    def effect(result: Any) -> None:
+        array.__iadd__(array.dtype.type(int(result.tensor[-1]) & 255))
+
+    return effect
 
 
 def enter(state: SimpleNamespace) -> None:
@@ -46,9 +57,9 @@ def enter(state: SimpleNamespace) -> None:
 
     state.comm.catch_up(STATE, lambda result: None, wait=True, timeout_s=HANG_S)
     activate(state)
-    state.comm.all_reduce(np.ones(1, np.float32), tag=STATE).wait(HANG_S)
+    result = state.comm.all_reduce(np.zeros(2, np.float32), tag=STATE).wait(HANG_S)
     with state.comm.updating(STATE):
-        state.array[0] ^= 1
+        effect_on(state.array)(result)
 
 
 def checksum(state: SimpleNamespace) -> int:
@@ -90,6 +101,37 @@ def fetch(state: SimpleNamespace) -> dict[str, float]:
         "active_s": time.monotonic(),
         "bytes": state.comm.figures()["fetched_bytes"],
     }
+
+
+def move(state: SimpleNamespace) -> dict[str, Any]:
+    """Rounds that move the state, back to back, until one of all has a new word."""
+    import numpy as np
+
+    comm, effect = state.comm, effect_on(state.array)
+    told = {"start_s": time.monotonic(), "began": comm.version(STATE), "fetched_s": 0.0,
+            "active_s": 0.0, "fetches": 0}  # fmt: skip
+
+    def apply(result: Any) -> None:
+        with comm.updating(STATE):
+            effect(result)
+
+    done = []
+    while True:
+        comm.catch_up(STATE, apply, wait=True, timeout_s=HANG_S)
+        if not told["fetched_s"]:
+            told |= {"fetched_s": time.monotonic(), "fetches": comm._shared.fetches,
+                     "version": comm.version(STATE)}  # fmt: skip
+        if not told["active_s"] and comm.active:
+            told["active_s"] = time.monotonic()
+        mine = np.array([state.pipe.poll(0), 1.0], np.float32)
+        result = comm.all_reduce(mine, tag=STATE, op="sum").wait(HANG_S)
+        if result.outcome != "stable":
+            continue
+        apply(result)
+        done.append(time.monotonic())
+        if mine[0] > 0:
+            return {**told, "done": done, "crc": zlib.crc32(state.array),
+                    "bytes": comm.figures()["fetched_bytes"]}  # fmt: skip
 
 
 def nothing(state: SimpleNamespace) -> None:
@@ -158,6 +200,45 @@ def sample(fleet: Fleet, size: int, elements: int, crc: int) -> dict[str, float]
     return figures
 
 
+def moving(fleet: Fleet, size: int) -> dict[str, float]:
+    """One newcomer while the state moves."""
+    servers = list(fleet.team)
+    base = ask_all(servers, memory, True)
+    began_s = time.monotonic()
+    for peer in servers:
+        peer.ask(move)
+    sleep_until(began_s + BEFORE_S)
+    (newcomer,) = fleet.start()
+    newcomer.ask(hold, size, None)
+    newcomer.answer()
+    newcomer.ask(move)
+    newcomer.ask(activate)  # a word: it and the others end when it takes part itself
+    way = newcomer.answer(3 * HANG_S)
+    newcomer.answer()
+    others = [peer.answer() for peer in servers]
+    peaks = ask_all(servers, memory, False)
+    if {one["crc"] for one in others} != {way["crc"]}:
+        raise RuntimeError("the newcomer's state is not the run's")
+    newcomer.ask(depart)
+    newcomer.answer()
+    newcomer.end()
+    fleet.team.remove(newcomer)
+    before = intervals(others[0]["done"], began_s + SETTLE_S, way["start_s"])
+    during = intervals(others[0]["done"], way["start_s"], way["fetched_s"])
+    return {
+        "fetch_s": way["fetched_s"] - way["start_s"],
+        "versions_meanwhile": len(during),
+        "fetches": way["fetches"],
+        "round_before_ms": statistics.median(before) * 1e3,
+        "round_during_ms": statistics.median(during) * 1e3,
+        "longest_before_ms": max(before) * 1e3,
+        "longest_during_ms": max(during) * 1e3,
+        "servers_growth_mib": max(
+            now["VmHWM"] - then["VmRSS"] for now, then in zip(peaks, base, strict=True)
+        ) / MIB,
+    }  # fmt: skip
+
+
 def run(settings: Settings) -> Report:
     """The suite."""
     report = Report("join", "A newcomer fetches the state of a live run", settings)
@@ -178,6 +259,13 @@ def run(settings: Settings) -> Report:
                 for name, value in figures.items():
                     rows.setdefault(name, []).append(value)
             report.add({"MiB": mib, "servers": peers, "others": others}, **rows)
+        rows = {}
+        for _ in range(settings.repeats):
+            figures = moving(fleet, size)
+            log(f"  moving: { ({k: round(v, 3) for k, v in figures.items()}) }")
+            for name, value in figures.items():
+                rows.setdefault(name, []).append(value)
+        report.add({"MiB": mib, "servers": peers, "others": "moving the state"}, **rows)
     report.table(
         "fetch",
         ["fetch_s", "gib_per_s", "active_after_fetch_ms", "servers_growth_mib"],

@@ -140,6 +140,13 @@ void Impl::end(Round& round, Outcome outcome) {
   if (next != tag.rounds.end()) check_stable(next->second);
 }
 
+// What a result that nobody has taken costs.
+std::size_t bytes_of(const RoundResult& result) {
+  std::size_t bytes = sizeof result;
+  for (const std::uint32_t chunk : result.chunk_bytes) bytes += chunk + sizeof(void*);
+  return bytes;
+}
+
 // Rounds are erased here only, when no one further up the stack can hold one.
 void Impl::settle_all() {
   for (const auto& [tag_id, seq] : to_settle) {
@@ -154,15 +161,19 @@ void Impl::settle_all() {
     const bool wanted = round.stable_by_plan || (roles.all & ~roles.active) != 0;
     if (round.complete && wanted) tag.closed = std::move(round);
     tag.rounds.erase(found);
-    std::size_t missed = 0;
-    for (auto one = tag.results.rbegin(); one != tag.results.rend(); ++one) {
-      missed += one->second.begun ? 0 : 1;
+    std::size_t missed = 0, missed_bytes = 0;
+    for (const auto& [number, result] : tag.results) {
+      if (result.begun) continue;
+      ++missed;
+      missed_bytes += bytes_of(result);
     }
-    for (auto one = tag.results.begin(); missed > options.missed_rounds;) {
+    for (auto one = tag.results.begin();
+         missed > options.missed_rounds && missed_bytes > options.missed_bytes;) {
       if (one->second.begun) {
         ++one;
         continue;
       }
+      missed_bytes -= bytes_of(one->second);
       tag.run_first = std::max(tag.run_first, static_cast<std::int64_t>(one->first) + 1);
       one = tag.results.erase(one);
       --missed;

@@ -23,7 +23,10 @@ struct EngineOptions {
   double quorum = 1.0;        // fraction of the view's active peers that starts the grace period
   double done_bound_s = 0.0;  // name who has not said DONE this long after our own; 0: never
   std::size_t parked_bytes = std::size_t{64} << 20;  // early frames of rounds not begun here
-  std::size_t missed_rounds = 4;  // results kept for a caller that has not begun them, of each tag
+  // Results kept for a caller that has not begun them, of each tag: so many, and more of them while
+  // they are small. A newcomer needs those that come while it fetches the state.
+  std::size_t missed_rounds = 4;
+  std::size_t missed_bytes = std::size_t{4} << 20;
 };
 
 // Why and where a frame's payload goes.

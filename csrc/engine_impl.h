@@ -41,6 +41,8 @@ struct Tag {
   }
 };
 
+std::size_t bytes_of(const RoundResult& result);  // what it costs while nobody takes it
+
 // One thing to say to one peer; the frame is made when it is popped, and skipped if it is stale.
 struct Outgoing {
   FrameType type = FrameType::open;

@@ -72,6 +72,8 @@ class FetchWork {
  public:
   // False when the time is over first; without a bound below zero. Throws when it was cancelled.
   bool wait(double timeout_s);
+  // False when the time is over before every request is answered (or the fetch done).
+  bool wait_quiet(double timeout_s);
   bool done() const;
   StateProgress progress() const;
 
@@ -120,8 +122,13 @@ class Node {
   StateStore& store() { return store_; }
   // Pulls the fragment from these peers into the buffers, which belong to the fetch until it is
   // done or cancelled.
-  std::shared_ptr<FetchWork> fetch(std::uint32_t tag, std::vector<PeerId> peers, StateBuffers into,
-                                   std::shared_ptr<const void> keep);
+  std::shared_ptr<FetchWork> fetch(std::uint32_t tag, std::vector<PeerId> peers, StatePieces into,
+                                   bool follows, std::shared_ptr<const void> keep);
+  // Of a fetch that follows: no more requests; then, when it is quiet, the arrays are the caller's
+  // (lock_fetch; false: it is done or gone) until they have moved to another version.
+  void pause_fetch(const std::shared_ptr<FetchWork>& work);
+  bool lock_fetch(const std::shared_ptr<FetchWork>& work);
+  void advance_fetch(const std::shared_ptr<FetchWork>& work, std::uint64_t version);
   // Others to ask from now on; what is fetched stays.
   void set_fetch_peers(const std::shared_ptr<FetchWork>& work, std::vector<PeerId> peers);
   void cancel(const std::shared_ptr<FetchWork>& work);
@@ -163,6 +170,7 @@ class Node {
   Incoming on_state_header(PeerId from, const Header& header);
   void on_state_payload(PeerId from, const Header& header, const Incoming& incoming);
   void run_fetches(double now);
+  StateFetch* fetch_of(const std::shared_ptr<FetchWork>& work);
   double next_deadline() const;
   void forward_events();
   void emit(NodeEvent event);

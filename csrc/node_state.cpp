@@ -19,6 +19,12 @@ bool FetchWork::wait(double timeout_s) {
   return true;
 }
 
+bool FetchWork::wait_quiet(double timeout_s) {
+  std::unique_lock lock(mutex_);
+  const auto is_quiet = [this] { return done_ || progress_.under_way == 0; };
+  return changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), is_quiet);
+}
+
 bool FetchWork::done() const {
   const std::lock_guard lock(mutex_);
   return done_;
@@ -35,7 +41,7 @@ void FetchWork::update(const StateProgress& progress, bool done) {
     progress_ = progress;
     done_ = done_ || done;
   }
-  if (done) changed_.notify_all();
+  if (done || progress.under_way == 0) changed_.notify_all();
 }
 
 void FetchWork::fail(std::string error) {
@@ -49,12 +55,13 @@ void FetchWork::fail(std::string error) {
 }
 
 std::shared_ptr<FetchWork> Node::fetch(std::uint32_t tag, std::vector<PeerId> peers,
-                                       StateBuffers into, std::shared_ptr<const void> keep) {
-  if (total_bytes(into) == 0) throw std::invalid_argument("a fragment of no bytes is not fetched");
+                                       StatePieces into, bool follows,
+                                       std::shared_ptr<const void> keep) {
+  if (into.bytes() == 0) throw std::invalid_argument("a fragment of no bytes is not fetched");
   auto work = std::make_shared<FetchWork>();
-  post([this, tag, peers = std::move(peers), into = std::move(into), keep = std::move(keep),
-        work](double) {
-    auto fetch = std::make_unique<StateFetch>(tag, ++next_fetch_, into, peers);
+  post([this, tag, peers = std::move(peers), into = std::move(into), keep = std::move(keep), work,
+        follows](double) {
+    auto fetch = std::make_unique<StateFetch>(tag, ++next_fetch_, into, peers, follows);
     fetches_.push_back({std::move(fetch), work, keep});
   });
   return work;
@@ -62,9 +69,41 @@ std::shared_ptr<FetchWork> Node::fetch(std::uint32_t tag, std::vector<PeerId> pe
 
 void Node::set_fetch_peers(const std::shared_ptr<FetchWork>& work, std::vector<PeerId> peers) {
   call<void>([this, &work, &peers](double) {
-    for (const Fetching& one : fetches_) {
-      if (one.work == work) one.fetch->set_peers(peers);
-    }
+    if (StateFetch* fetch = fetch_of(work)) fetch->set_peers(peers);
+  });
+}
+
+StateFetch* Node::fetch_of(const std::shared_ptr<FetchWork>& work) {
+  for (const Fetching& one : fetches_) {
+    if (one.work == work) return one.fetch.get();
+  }
+  return nullptr;
+}
+
+void Node::pause_fetch(const std::shared_ptr<FetchWork>& work) {
+  call<void>([this, &work](double) {
+    StateFetch* const fetch = fetch_of(work);
+    if (fetch == nullptr) return;
+    fetch->pause();
+    work->update(fetch->progress(), false);
+  });
+}
+
+bool Node::lock_fetch(const std::shared_ptr<FetchWork>& work) {
+  return call<bool>([this, &work](double) {
+    StateFetch* const fetch = fetch_of(work);
+    if (fetch == nullptr || !fetch->lock()) return false;
+    work->update(fetch->progress(), false);
+    return true;
+  });
+}
+
+void Node::advance_fetch(const std::shared_ptr<FetchWork>& work, std::uint64_t version) {
+  call<void>([this, &work, version](double) {
+    StateFetch* const fetch = fetch_of(work);
+    if (fetch == nullptr) return;
+    fetch->advance(version);
+    work->update(fetch->progress(), false);
   });
 }
 
@@ -110,7 +149,7 @@ Incoming Node::on_state_header(PeerId from, const Header& header) {
 
 void Node::on_state_payload(PeerId from, const Header& header, const Incoming& incoming) {
   for (const Fetching& one : fetches_) {
-    one.fetch->on_payload(from, header, {incoming.target, header.payload_bytes}, net::Mesh::now());
+    one.fetch->on_payload(from, header, incoming, net::Mesh::now());
   }
 }
 

@@ -19,37 +19,14 @@ constexpr double kSecondAskAfter_s = 2.0;  // at the end: ask an idle peer for w
 constexpr std::uint32_t kDamagedMax = 3;   // then that peer is not asked any more
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
-// Copies [offset, offset + bytes) of the flat space that the buffers make.
-template <typename Copy>
-void for_pieces(const StateBuffers& buffers, std::size_t offset, std::size_t bytes, Copy copy) {
-  std::size_t start = 0, done = 0;
-  for (const std::span<std::byte>& buffer : buffers) {
-    const std::size_t end = start + buffer.size();
-    if (done < bytes && offset + done < end) {
-      const std::size_t at = offset + done - start;
-      const std::size_t n = std::min(bytes - done, buffer.size() - at);
-      copy(buffer.data() + at, done, n);
-      done += n;
-    }
-    start = end;
-  }
-}
-
 }  // namespace
-
-std::size_t total_bytes(const StateBuffers& buffers) {
-  std::size_t total = 0;
-  for (const auto& buffer : buffers) total += buffer.size();
-  return total;
-}
 
 // ---- StateStore
 
-void StateStore::publish(std::uint32_t tag, StateBuffers buffers, std::uint64_t version,
+void StateStore::publish(std::uint32_t tag, StatePieces pieces, std::uint64_t version,
                          std::shared_ptr<const void> keep) {
   auto fragment = std::make_shared<Fragment>();
-  fragment->bytes = total_bytes(buffers);
-  fragment->buffers = std::move(buffers);
+  fragment->pieces = std::move(pieces);
   fragment->version = version;
   fragment->keep = std::move(keep);
   withdraw(tag);
@@ -139,17 +116,16 @@ StateAnswer StateStore::read(const Header& request, Header& reply, std::byte* ou
   if (!fragment) return StateAnswer::unknown;
   const std::lock_guard lock(fragment->mutex);
   reply.seq = fragment->version;
-  reply.c = fragment->bytes;
-  if (fragment->bytes != request.c || request.a >= fragment->bytes) return StateAnswer::unknown;
+  const StatePieces& pieces = fragment->pieces;
+  const std::uint64_t piece = request.a / kStateChunkBytes;
+  reply.c = pieces.bytes();
+  if (pieces.bytes() != request.c || piece >= pieces.size()) return StateAnswer::unknown;
   if (fragment->updating) return StateAnswer::busy;
   if (request.seq != kAnyVersion && request.seq != fragment->version) {
     return StateAnswer::other_version;
   }
-  const std::size_t bytes = std::min<std::size_t>(kStateChunkBytes, fragment->bytes - request.a);
-  for_pieces(fragment->buffers, request.a, bytes,
-             [&](const std::byte* from, std::size_t at, std::size_t n) {
-               std::memcpy(out + at, from, n);
-             });
+  const std::size_t bytes = pieces.bytes_of(piece);
+  pieces.read(piece, out);
   reply.payload_bytes = static_cast<std::uint32_t>(bytes);
   reply.b = digest({out, bytes});
   return StateAnswer::here;
@@ -159,12 +135,12 @@ void StateStore::forget(PeerId peer) { asked_.erase(peer); }
 
 // ---- StateFetch
 
-StateFetch::StateFetch(std::uint32_t tag, std::uint32_t id, StateBuffers into,
-                       const std::vector<PeerId>& peers)
-    : tag_(tag), id_(id), into_(std::move(into)) {
-  progress_.total_bytes = total_bytes(into_);
-  pieces_.resize((progress_.total_bytes + kStateChunkBytes - 1) / kStateChunkBytes);
+StateFetch::StateFetch(std::uint32_t tag, std::uint32_t id, StatePieces into,
+                       const std::vector<PeerId>& peers, bool follows)
+    : tag_(tag), id_(id), into_(std::move(into)), follows_(follows), pieces_(into_.size()) {
+  progress_.total_bytes = into_.bytes();
   left_ = pieces_.size();
+  heads_left_ = into_.heads();
   for (std::uint32_t i = 0; i < pieces_.size(); ++i) todo_.push_back(i);
   set_peers(peers);
 }
@@ -184,9 +160,16 @@ void StateFetch::set_peers(const std::vector<PeerId>& peers) {
   servers_ = std::move(next);
 }
 
-std::size_t StateFetch::piece_bytes(std::uint32_t piece) const {
-  const std::size_t first = piece * kStateChunkBytes;
-  return std::min(kStateChunkBytes, progress_.total_bytes - first);
+std::size_t StateFetch::asked() const {
+  std::size_t count = 0;
+  for (const auto& [peer, server] : servers_) count += server.asked.size();
+  return count;
+}
+
+StateProgress StateFetch::progress() const {
+  StateProgress progress = progress_;
+  progress.under_way = asked();
+  return progress;
 }
 
 // What this server should be asked for next.
@@ -197,12 +180,15 @@ std::optional<std::uint32_t> StateFetch::pick(const Server& server, double now) 
       server.damaged >= kDamagedMax) {
     return std::nullopt;
   }
+  if (paused_ || (follows_ && asked() + held_.size() >= kStateHeldMax)) return std::nullopt;
   // One request only until the version is known.
   if (!progress_.version && !server.asked.empty()) return std::nullopt;
+  // The single elements first: what others become may depend on them.
+  if (!todo_.empty() && heads_left_ != 0 && todo_.front() >= into_.heads()) return std::nullopt;
   if (!todo_.empty()) return todo_.front();
   if (!server.asked.empty()) return std::nullopt;
   for (std::uint32_t i = 0; i < pieces_.size(); ++i) {
-    if (pieces_[i].late) return i;
+    if (pieces_[i].late && !held_.contains(i)) return i;
   }
   return std::nullopt;
 }
@@ -225,7 +211,7 @@ bool StateFetch::next_request(PeerId peer, double now, Header& header) {
   header = {};
   header.type = FrameType::state_request;
   header.tag = tag_;
-  header.seq = progress_.version.value_or(kAnyVersion);
+  header.seq = follows_ ? kAnyVersion : progress_.version.value_or(kAnyVersion);
   header.spec_digest = id_;
   header.a = *piece * kStateChunkBytes;
   header.c = progress_.total_bytes;
@@ -246,7 +232,7 @@ Incoming StateFetch::on_header(PeerId from, const Header& header, double now) {
   server.heard = now;
   if (header.payload_bytes != 0) {
     if (std::find(server.asked.begin(), server.asked.end(), piece) == server.asked.end() ||
-        header.payload_bytes != piece_bytes(piece)) {
+        header.payload_bytes != into_.bytes_of(piece)) {
       return {};
     }
     const std::shared_ptr<std::byte[]> place = allocate(kStateChunkBytes);
@@ -272,30 +258,64 @@ Incoming StateFetch::on_header(PeerId from, const Header& header, double now) {
   return {};
 }
 
-void StateFetch::on_payload(PeerId from, const Header& header, std::span<const std::byte> payload,
-                            double now) {
+void StateFetch::on_payload(PeerId from, const Header& header, Incoming payload, double now) {
   const auto it = servers_.find(from);
   if (it == servers_.end() || !current(header)) return;
   Server& server = it->second;
   server.heard = now;
   const auto piece = static_cast<std::uint32_t>(header.a / kStateChunkBytes);
   if (std::erase(server.asked, piece) == 0 || pieces_[piece].done) return;
-  if (payload.size() != piece_bytes(piece) || digest(payload) != header.b) {
+  const std::size_t bytes = into_.bytes_of(piece);
+  if (header.payload_bytes != bytes || digest({payload.target, bytes}) != header.b) {
     ++progress_.damaged;
     ++server.damaged;
     server.not_before = now + kDamagedPause_s;
-  } else if (!progress_.version || header.seq == *progress_.version) {
-    progress_.version = header.seq;
-    store(piece, payload);
+    queue(piece);
     return;
-  } else if (header.seq > *progress_.version) {
-    restart(header.seq);
-    store(piece, payload);
-    return;
-  } else {
-    server.not_before = now + kBehindPause_s;
   }
-  queue(piece);
+  take(piece, header.seq, std::move(payload), server, now);
+}
+
+void StateFetch::take(std::uint32_t piece, std::uint64_t version, Incoming payload, Server& server,
+                      double now) {
+  const std::uint64_t ours = progress_.version.value_or(version);
+  if (version == ours && !locked_) {
+    progress_.version = version;
+    store(piece, payload.target);
+  } else if (version < ours) {
+    server.not_before = now + kBehindPause_s;
+    queue(piece);
+  } else if (follows_) {
+    held_[piece] = {version, std::move(payload)};
+  } else {
+    restart(version);
+    store(piece, payload.target);
+  }
+}
+
+void StateFetch::pause() { paused_ = true; }
+
+bool StateFetch::lock() {
+  locked_ = !done();
+  return locked_;
+}
+
+void StateFetch::advance(std::uint64_t version) {
+  progress_.version = version;
+  paused_ = locked_ = false;
+  for (auto it = held_.begin(); it != held_.end();) {
+    const auto& [piece, held] = *it;
+    if (held.version > version) {
+      ++it;
+      continue;
+    }
+    if (held.version == version && !pieces_[piece].done) {
+      store(piece, held.payload.target);
+    } else {
+      queue(piece);
+    }
+    it = held_.erase(it);
+  }
 }
 
 // Somebody has to be asked for it again.
@@ -307,15 +327,13 @@ void StateFetch::queue(std::uint32_t piece) {
   todo_.push_front(piece);
 }
 
-void StateFetch::store(std::uint32_t piece, std::span<const std::byte> payload) {
-  for_pieces(into_, piece * kStateChunkBytes, payload.size(),
-             [&](std::byte* to, std::size_t at, std::size_t n) {
-               std::memcpy(to, payload.data() + at, n);
-             });
+void StateFetch::store(std::uint32_t piece, const std::byte* payload) {
+  into_.write(piece, payload);
   if (pieces_[piece].queued) std::erase(todo_, piece);
   pieces_[piece] = {.done = true, .queued = false, .late = false, .asked_at = 0.0};
   --left_;
-  progress_.bytes += payload.size();
+  if (piece < into_.heads()) --heads_left_;
+  progress_.bytes += into_.bytes_of(piece);
 }
 
 // The version moved: pieces of two versions make no state. Answers under way are of the old one.
@@ -329,6 +347,7 @@ void StateFetch::restart(std::uint64_t version) {
     todo_.push_back(i);
   }
   left_ = pieces_.size();
+  heads_left_ = into_.heads();
   for (auto& [peer, server] : servers_) server.asked.clear();
 }
 

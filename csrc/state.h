@@ -26,6 +26,7 @@ constexpr std::uint64_t kAnyVersion = ~std::uint64_t{0};
 constexpr std::size_t kStateAskedMax = 8;    // requests under way, of one fetch at one peer
 constexpr std::size_t kStateQueuedMax = 64;  // requests that the store keeps, of one peer
 constexpr std::size_t kStateReplyBytesMax = std::size_t{32} << 20;  // copies on their way out
+constexpr std::size_t kStateHeldMax = 32;  // pieces asked for or waiting, of a fetch that follows
 
 // How a store answers (Header::chunk of a state frame).
 enum class StateAnswer : std::uint32_t {
@@ -35,13 +36,42 @@ enum class StateAnswer : std::uint32_t {
   unknown = 3         // no such fragment, or of another size
 };
 
-using StateBuffers = std::vector<std::span<std::byte>>;
-std::size_t total_bytes(const StateBuffers& buffers);
+struct StateArray {
+  std::span<std::byte> bytes;
+  std::size_t elements = 0;
+};
+
+// A fragment's arrays, cut into pieces of at most kStateChunkBytes. Elements of one index, of all
+// arrays with as many elements, lie in one piece; arrays of a single element come first. So an
+// update that works element by element moves each piece by itself, once the first ones are there.
+class StatePieces {
+ public:
+  using Parts = std::vector<std::span<std::byte>>;
+
+  StatePieces() = default;
+  // Throws std::invalid_argument when an array's bytes are no multiple of its elements.
+  explicit StatePieces(const std::vector<StateArray>& arrays);
+
+  std::size_t size() const { return pieces_.size(); }
+  std::size_t heads() const { return heads_; }  // so many pieces are of single elements
+  std::size_t bytes() const { return bytes_; }
+  std::size_t bytes_of(std::size_t piece) const;
+  void read(std::size_t piece, std::byte* out) const;
+  void write(std::size_t piece, const std::byte* from) const;
+
+ private:
+  void add(const std::vector<StateArray>& group);
+
+  std::vector<Parts> pieces_;
+  std::size_t room_ = 0;  // left in the last one
+  std::size_t heads_ = 0;
+  std::size_t bytes_ = 0;
+};
 
 class StateStore {
  public:
   // Serves the buffers from where they lie, until they are published anew or withdrawn.
-  void publish(std::uint32_t tag, StateBuffers buffers, std::uint64_t version,
+  void publish(std::uint32_t tag, StatePieces pieces, std::uint64_t version,
                std::shared_ptr<const void> keep);
   void withdraw(std::uint32_t tag);
   // Around every write to the buffers. begin_update waits for at most one chunk's copy.
@@ -59,8 +89,7 @@ class StateStore {
  private:
   struct Fragment {
     mutable std::mutex mutex;
-    StateBuffers buffers;
-    std::size_t bytes = 0;
+    StatePieces pieces;
     std::uint64_t version = 0;
     bool updating = false;
     std::shared_ptr<const void> keep;
@@ -81,27 +110,33 @@ struct StateProgress {
   std::optional<std::uint64_t> version;
   std::uint32_t restarts = 0;  // the version moved
   std::uint32_t damaged = 0;   // chunks whose digest was wrong
+  std::size_t under_way = 0;   // requests that are not answered
 };
 
 class StateFetch {
  public:
-  // `id` tells the answers of this fetch from those of an earlier one.
-  StateFetch(std::uint32_t tag, std::uint32_t id, StateBuffers into,
-             const std::vector<PeerId>& peers);
+  // `id` tells the answers of this fetch from those of an earlier one. When the servers' version
+  // moves, a fetch that `follows` keeps what it has: its caller moves that along (pause, lock,
+  // advance), and pieces of later versions wait for it. Another one starts again.
+  StateFetch(std::uint32_t tag, std::uint32_t id, StatePieces into,
+             const std::vector<PeerId>& peers, bool follows);
 
+  void pause();  // asks for nothing until advance()
+  // From now until advance() the arrays are the caller's. False when the fetch is done already.
+  bool lock();
+  void advance(std::uint64_t version);               // what is here has moved to this version
   void set_peers(const std::vector<PeerId>& peers);  // what is fetched stays
   bool has_request(PeerId peer, double now) const;
   bool next_request(PeerId peer, double now, Header& header);
   Incoming on_header(PeerId from, const Header& header, double now);
-  void on_payload(PeerId from, const Header& header, std::span<const std::byte> payload,
-                  double now);
+  void on_payload(PeerId from, const Header& header, Incoming payload, double now);
   void on_link_reset(PeerId peer);  // its answers are lost
   void tick(double now);
   double next_deadline() const;
 
   bool done() const { return left_ == 0; }
   std::uint32_t tag() const { return tag_; }
-  const StateProgress& progress() const { return progress_; }
+  StateProgress progress() const;
 
  private:
   struct Server {
@@ -116,20 +151,29 @@ class StateFetch {
     bool late = false;   // asked long ago: an idle server may be asked as well
     double asked_at = 0.0;
   };
-  std::size_t piece_bytes(std::uint32_t piece) const;
+  struct Held {
+    std::uint64_t version = 0;
+    Incoming payload;
+  };
   std::optional<std::uint32_t> pick(const Server& server, double now) const;
   bool current(const Header& header) const;
   void queue(std::uint32_t piece);
   void give_back(Server& server);
   void restart(std::uint64_t version);
-  void store(std::uint32_t piece, std::span<const std::byte> payload);
+  void take(std::uint32_t piece, std::uint64_t version, Incoming payload, Server& server,
+            double now);
+  void store(std::uint32_t piece, const std::byte* payload);
+  std::size_t asked() const;
 
   const std::uint32_t tag_, id_;
-  const StateBuffers into_;
+  const StatePieces into_;
+  const bool follows_;
+  bool paused_ = false, locked_ = false;
   std::map<PeerId, Server> servers_;
   std::vector<Piece> pieces_;
   std::deque<std::uint32_t> todo_;
-  std::size_t left_ = 0;
+  std::map<std::uint32_t, Held> held_;  // by piece
+  std::size_t left_ = 0, heads_left_ = 0;
   StateProgress progress_;
 };
 

@@ -56,7 +56,7 @@ def pack_spec(op: int = 0, rule: int = 0, contribution: int = 0, result: int = 0
 def digest(data: bytes) -> int: ...
 
 class Engine:
-    def __init__(self, peer: int, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0, parked_bytes: int = 67108864, missed_rounds: int = 4) -> None: ...
+    def __init__(self, peer: int, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0, parked_bytes: int = 67108864, missed_rounds: int = 4, missed_bytes: int = 4194304) -> None: ...
 
     def begin(self, tag: int, spec: bytes, data: bytes | None, weight: float = 1.0, state_digest: int = 0, encoded: bool = True, now: float = 0.0) -> int:
         """
@@ -231,6 +231,9 @@ class Fetch:
     def wait(self, timeout_s: float = -1.0) -> bool:
         """False when the time is over first. Below zero: no bound."""
 
+    def wait_quiet(self, timeout_s: float) -> bool:
+        """False when the time is over before every request is answered."""
+
     @property
     def version(self) -> int | None:
         """Of the pieces here; final when done."""
@@ -316,10 +319,21 @@ class Node:
 
     def published_version(self, tag: int) -> int | None: ...
 
-    def fetch(self, tag: int, peers: Sequence[int], into: list[Any]) -> Fetch:
+    def fetch(self, tag: int, peers: Sequence[int], into: list[Any], follows: bool = False) -> Fetch:
         """
-        Pulls the fragment from these peers; the arrays belong to the fetch until it is done or cancelled.
+        Pulls the fragment from these peers; the arrays belong to the fetch until it is done or cancelled. With `follows` it does not start again when the version moves: the caller moves what is there along, with pause_fetch, lock_fetch and advance_fetch.
         """
+
+    def pause_fetch(self, fetch: Fetch) -> None:
+        """No more requests until advance_fetch."""
+
+    def lock_fetch(self, fetch: Fetch) -> bool:
+        """
+        The arrays are the caller's until advance_fetch. False: the fetch has ended.
+        """
+
+    def advance_fetch(self, fetch: Fetch, version: int) -> None:
+        """What is there has moved to this version."""
 
     def set_fetch_peers(self, fetch: Fetch, peers: Sequence[int]) -> None:
         """Others to ask from now on; what is fetched stays."""

@@ -282,18 +282,27 @@ class Communicator:
 
     # --- shared state
 
-    def register_state(self, tag: int, tensors: Mapping[str, Any], version: int = 0) -> None:
+    def register_state(
+        self,
+        tag: int,
+        tensors: Mapping[str, Any],
+        version: int = 0,
+        effect: Callable[[Result], None] | None = None,
+    ) -> None:
         """Declare that the tag carries state: these tensors, at this version, bit-equal on peers.
 
         They are served to newcomers from where they lie, so write to them only inside
         `updating(tag)`. Register every tag before the first round of any.
+
+        `effect` does what a round does to the tensors and nothing else (docs/state.md). With it a
+        newcomer keeps up while it fetches; without, its fetch starts again at each round.
         """
         if self._ready:
             raise StateError(
                 f"tag {tag} is registered after the first round: the run has been told what state"
                 " this peer holds; register every tag before the first round or catch_up"
             )
-        self._shared.register(tag, tensors, version)
+        self._shared.register(tag, tensors, version, effect)
 
     @contextmanager
     def updating(self, tag: int, version: int | None = None) -> Iterator[None]:

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from decotrain.communicator import Communicator
     from decotrain.rounds import Result
 
+Effect = Callable[["Result"], None]  # of one round on a tag's tensors, element by element
+
 FETCH_PAUSE_S = 0.1  # between attempts to fetch state
 FETCH_SLICE_S = 0.1  # between looks at a fetch under way
+FOLLOW_SLICE_S = 0.01  # when results that come meanwhile are applied to what is there
+QUIET_S = 1.0  # for the answers under way, before what is there moves
 FETCH_STALL_S = 10.0  # without a byte: asks again from the start
 
 
@@ -35,6 +39,7 @@ class Fragment:
     arrays: list[Any]  # their bytes, where they lie
     bytes: int
     version: int
+    effect: Effect | None
     void: bool = False
 
 
@@ -48,13 +53,16 @@ class SharedState:
         self.ended: set[int] = set()  # tags whose missed results are of an ended generation
         self.fetches = 0
         self.fetched_bytes = 0
+        self.restarts = 0  # of fetches whose version moved
 
-    def register(self, tag: int, tensors: Mapping[str, Any], version: int) -> None:
+    def register(
+        self, tag: int, tensors: Mapping[str, Any], version: int, effect: Effect | None
+    ) -> None:
         if not tensors or version < 0:
             raise StateError(f"tag {tag} needs at least one tensor and a version of at least 0")
         names = sorted(tensors)
         arrays = [tn.raw_bytes(tensors[name], f"{name} of tag {tag}") for name in names]
-        fragment = Fragment(arrays, sum(array.nbytes for array in arrays), version)
+        fragment = Fragment(arrays, sum(array.nbytes for array in arrays), version, effect)
         if not fragment.bytes:
             raise StateError(f"the tensors of tag {tag} have no values")
         self.fragments[tag] = fragment
@@ -173,14 +181,15 @@ class SharedState:
         if not fragment.void:
             comm._on_control(lambda: self._set_void(tag))  # a mixture until it is complete
         try:
-            work = node.fetch(tag, servers, fragment.arrays)
-            if not self._wait_for(node, work, servers):
+            work = node.fetch(tag, servers, fragment.arrays, follows=fragment.effect is not None)
+            if not self._wait_for(node, work, servers, tag):
                 node.cancel(work)
                 return False
         except RuntimeError:
             comm._check_over()  # else the incarnation has just ended
             return False
         self.fetches += 1
+        self.restarts += work.restarts
         self.fetched_bytes += fragment.bytes
         return bool(comm._on_control(lambda: self._take(tag, work.version, servers)))
 
@@ -191,19 +200,47 @@ class SharedState:
             rows = [row for row in shared.members if row[0] != shared.peer]
         return [row[0] for row in rows if row[2]] or [row[0] for row in rows]
 
-    def _wait_for(self, node: Any, work: Any, servers: list[int]) -> bool:
+    def _wait_for(self, node: Any, work: Any, servers: list[int], tag: int) -> bool:
         """False when a server has left the view (its branch may be void) or nothing comes."""
         comm, shared = self.comm, self.comm._agent.shared
         moved_s, bytes_before = time.monotonic(), 0
-        while not work.wait(FETCH_SLICE_S):
+        slice_s = FETCH_SLICE_S if self.fragments[tag].effect is None else FOLLOW_SLICE_S
+        while not work.wait(slice_s):
             comm._check_over()
             here = {row[0] for row in shared.members}
             if shared.node is not node or not here.issuperset(servers):
+                return False
+            if not self._follow(node, work, tag):
                 return False
             if work.bytes != bytes_before:
                 moved_s, bytes_before = time.monotonic(), work.bytes
             if time.monotonic() - moved_s > FETCH_STALL_S:
                 return False
+        return True
+
+    def _follow(self, node: Any, work: Any, tag: int) -> bool:
+        """Rounds that end during a fetch move what is there, so that it need not start again.
+        False when one of them is missing here."""
+        effect = self.fragments[tag].effect
+        if effect is None or work.version is None or not self.take_missed(tag):
+            return True
+        results = self.missed[tag]
+        paused = False
+        for _ in range(len(results)):  # a newer one waits until more of the state is here
+            if results[0].seq > work.version:
+                return False
+            held = results.popleft()
+            if held.seq < work.version:
+                continue
+            if not paused:
+                node.pause_fetch(work)
+                work.wait_quiet(QUIET_S)
+                paused = True
+            if not node.lock_fetch(work):
+                results.appendleft(held)
+                break  # all is there
+            effect(self.comm._result(held, None))
+            node.advance_fetch(work, held.seq + 1)
         return True
 
     def _take(self, tag: int, version: int, servers: list[int]) -> bool:

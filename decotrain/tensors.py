@@ -81,18 +81,23 @@ def writable(tensor: Any, place: str) -> tuple[Any, Callable[[], None] | None]:
 
 
 def raw_bytes(tensor: Any, place: str) -> Any:
-    """The bytes of a tensor of any type where they lie, to be served and fetched in place."""
+    """The bits of a tensor of any type where they lie, to be served and fetched in place."""
     if is_torch(tensor):
         import torch
 
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise StateError(f"{place} must be a contiguous tensor in CPU memory to be shared")
-        return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        return _words(tensor.detach().reshape(-1).view(torch.uint8).numpy(), tensor.itemsize)
     if not isinstance(tensor, np.ndarray) or not tensor.flags.c_contiguous:
         raise StateError(f"{place} must be a contiguous numpy array or torch tensor to be shared")
     if not tensor.flags.writeable:
         raise StateError(f"{place} is read-only: what is fetched is written to it")
-    return tensor.reshape(-1).view(np.uint8)
+    return _words(tensor.reshape(-1).view(np.uint8), tensor.itemsize)
+
+
+def _words(raw: Any, itemsize: int) -> Any:
+    """One unsigned integer for each element, so that the core sees how many there are."""
+    return raw.view(f"u{itemsize}") if itemsize in (1, 2, 4, 8) else raw
 
 
 def check_round(tag: int, weight: float, given: list[Any], places: list[Any]) -> None:

@@ -75,7 +75,9 @@ class CollectComm:
         self.held, self.next_seq = 0, 0
         self.fetches = 0
 
-    def register_state(self, tag: int, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+    def register_state(
+        self, tag: int, tensors: Mapping[str, torch.Tensor], version: int, effect: object = None
+    ) -> None:
         with self.run.changed:
             self.state, self.held, self.next_seq = tensors, version, version
             self._catch_up()

@@ -58,5 +58,9 @@ def test_recovery() -> None:
 
 def test_join() -> None:
     report = join.run(Settings(quick=True, repeats=1, options={"mib": "4", "round_mib": "0.25"}))
-    assert [row["case"]["others"] for row in report.rows] == ["idle", "in rounds"]
-    assert all(row["metrics"]["gib_per_s"]["median"] > 0 for row in report.rows)
+    assert [row["case"]["others"] for row in report.rows] == [
+        "idle",
+        "in rounds",
+        "moving the state",
+    ]
+    assert all(row["metrics"]["fetch_s"]["median"] > 0 for row in report.rows)

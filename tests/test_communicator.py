@@ -243,6 +243,49 @@ def test_a_newcomer_fetches_what_the_others_hold_and_takes_part(coordinator: Ser
         trainer.comm.leave()
 
 
+def test_a_newcomer_follows_state_that_moves_while_it_fetches(coordinator: ServerThread) -> None:
+    """Rounds are several times as fast as the fetch; what was fetched moves along with them."""
+    elements, joined = 8 << 20, threading.Event()
+
+    def peer(late: bool) -> tuple[int, int, np.ndarray]:
+        with join(coordinator.address) as comm:
+            weights = np.full(elements, 7.0 if late else 0.0, np.float32)
+            steps = np.zeros(1, np.int64)
+
+            def effect(result: Result) -> None:
+                np.add(weights, result.tensor[-1] + steps[0] % 8, out=weights)
+                steps[0] += 1
+
+            def apply(result: Result) -> None:
+                with comm.updating(0):
+                    effect(result)
+
+            comm.register_state(0, {"weights": weights, "steps": steps}, effect=effect)
+            while True:
+                comm.catch_up(0, apply, wait=True, timeout_s=WAIT_S)
+                ends = joined.is_set() or (late and comm.active)
+                work = comm.all_reduce(np.array([ends, 1.0], np.float32), op="sum")
+                result = work.wait(WAIT_S)
+                if result.outcome != "stable":
+                    continue
+                apply(result)
+                if result.tensor[0] > 0:
+                    joined.set()
+                    return comm._shared.restarts, int(steps[0]), weights
+
+    def newcomer() -> tuple[int, int, np.ndarray]:
+        threading.Event().wait(0.3)
+        return peer(late=True)
+
+    (_, _, a), (_, _, b), (restarts, steps, c) = together(
+        lambda: peer(False), lambda: peer(False), newcomer
+    )
+    assert restarts == 0
+    assert steps > 3
+    assert np.array_equal(a, b)
+    assert np.array_equal(a, c)
+
+
 def test_the_survivors_of_a_death_agree(coordinator: ServerThread) -> None:
     trainers = [make(coordinator.address, float(2**n)) for n in range(3)]
     together(*(lambda t=t: t.rounds(3) for t in trainers))

@@ -252,12 +252,14 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Engine* at, PeerId peer, double grace_s, double quorum, double done_bound_s,
-             std::size_t parked_bytes, std::size_t missed_rounds) {
-            new (at) Engine(peer, {grace_s, quorum, done_bound_s, parked_bytes, missed_rounds});
+             std::size_t parked_bytes, std::size_t missed_rounds, std::size_t missed_bytes) {
+            new (at) Engine(
+                peer, {grace_s, quorum, done_bound_s, parked_bytes, missed_rounds, missed_bytes});
           },
           "peer"_a, "grace_s"_a = 0.0, "quorum"_a = 1.0, "done_bound_s"_a = 0.0,
           "parked_bytes"_a = EngineOptions{}.parked_bytes,
-          "missed_rounds"_a = EngineOptions{}.missed_rounds)
+          "missed_rounds"_a = EngineOptions{}.missed_rounds,
+          "missed_bytes"_a = EngineOptions{}.missed_bytes)
       .def("begin", &begin, "tag"_a, "spec"_a, "data"_a.none(), "weight"_a = 1.0,
            "state_digest"_a = 0, "encoded"_a = true, "now"_a = 0.0,
            "Copies `data` and begins the tag's next round; None contributes nothing.")

@@ -31,8 +31,8 @@ Heap& heap() {
 }
 
 template <typename Array>
-StateBuffers bytes_of(const Items& items, std::vector<Array>& arrays) {
-  StateBuffers out;
+StatePieces pieces_of(const Items& items, std::vector<Array>& arrays) {
+  std::vector<StateArray> out;
   for (std::size_t i = 0; i < items.size(); ++i) {
     Array array;
     if (!nb::try_cast(nb::borrow(items[i]), array, false)) {
@@ -42,29 +42,29 @@ StateBuffers bytes_of(const Items& items, std::vector<Array>& arrays) {
     }
     // Published arrays are only read.
     auto* data = const_cast<std::byte*>(static_cast<const std::byte*>(array.data()));
-    out.emplace_back(data, array.nbytes());
+    out.push_back({{data, array.nbytes()}, array.size()});
     arrays.push_back(std::move(array));
   }
-  return out;
+  return StatePieces(out);
 }
 
 void publish(Node& node, std::uint32_t tag, const Items& items, std::uint64_t version) {
   release_dropped();
   std::vector<ReadArray> arrays;
-  StateBuffers buffers = bytes_of(items, arrays);
+  StatePieces pieces = pieces_of(items, arrays);
   auto keep = keep_arrays(std::move(arrays));
   const nb::gil_scoped_release released;
-  node.store().publish(tag, std::move(buffers), version, std::move(keep));
+  node.store().publish(tag, std::move(pieces), version, std::move(keep));
 }
 
 std::shared_ptr<FetchWork> fetch(Node& node, std::uint32_t tag, std::vector<PeerId> peers,
-                                 const Items& into) {
+                                 const Items& into, bool follows) {
   release_dropped();
   std::vector<WriteArray> arrays;
-  StateBuffers buffers = bytes_of(into, arrays);
+  StatePieces pieces = pieces_of(into, arrays);
   auto keep = keep_arrays(std::move(arrays));
   const nb::gil_scoped_release released;
-  return node.fetch(tag, std::move(peers), std::move(buffers), std::move(keep));
+  return node.fetch(tag, std::move(peers), std::move(pieces), follows, std::move(keep));
 }
 
 }  // namespace
@@ -87,6 +87,8 @@ void bind_fetch(nb::module_& m) {
       .def("done", &FetchWork::done)
       .def("wait", &FetchWork::wait, "timeout_s"_a = -1.0, Guard(),
            "False when the time is over first. Below zero: no bound.")
+      .def("wait_quiet", &FetchWork::wait_quiet, "timeout_s"_a, Guard(),
+           "False when the time is over before every request is answered.")
       .def_prop_ro(
           "version", [](const FetchWork& work) { return work.progress().version; },
           "Of the pieces here; final when done.")
@@ -119,9 +121,16 @@ void bind_state(nb::class_<Node>& node) {
           "published_version", [](Node& n, std::uint32_t tag) { return n.store().version(tag); },
           "tag"_a)
       .def(
-          "fetch", &fetch, "tag"_a, "peers"_a, "into"_a,
+          "fetch", &fetch, "tag"_a, "peers"_a, "into"_a, "follows"_a = false,
           "Pulls the fragment from these peers; the arrays belong to the fetch until it is done or "
-          "cancelled.")
+          "cancelled. With `follows` it does not start again when the version moves: the caller "
+          "moves what is there along, with pause_fetch, lock_fetch and advance_fetch.")
+      .def("pause_fetch", &Node::pause_fetch, "fetch"_a, Guard(),
+           "No more requests until advance_fetch.")
+      .def("lock_fetch", &Node::lock_fetch, "fetch"_a, Guard(),
+           "The arrays are the caller's until advance_fetch. False: the fetch has ended.")
+      .def("advance_fetch", &Node::advance_fetch, "fetch"_a, "version"_a, Guard(),
+           "What is there has moved to this version.")
       .def("set_fetch_peers", &Node::set_fetch_peers, "fetch"_a, "peers"_a, Guard(),
            "Others to ask from now on; what is fetched stays.")
       .def("cancel", &Node::cancel, "fetch"_a, Guard());

@@ -1,8 +1,10 @@
 // Shared state: stores and a fetch joined by a list of frames, no sockets and no time but ours.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstring>
-#include <set>
+#include <map>
+#include <stdexcept>
 
 #include "state.h"
 
@@ -19,10 +21,14 @@ std::vector<std::byte> content(std::uint64_t version, std::size_t bytes = kBytes
   return out;
 }
 
-StateBuffers in_pieces(std::vector<std::byte>& bytes) {
+StatePieces in_pieces(std::vector<std::byte>& bytes) {
   const std::span<std::byte> all(bytes);
-  if (bytes.size() < 100000) return {all};
-  return {all.subspan(0, 1000), all.subspan(1000, 0), all.subspan(1000, 70000), all.subspan(71000)};
+  const auto array = [&](std::size_t at, std::size_t n) {
+    return StateArray{all.subspan(at, n), n};
+  };
+  if (bytes.size() < 100000) return StatePieces({array(0, bytes.size())});
+  return StatePieces(
+      {array(0, 1000), array(1000, 0), array(1000, 70000), array(71000, bytes.size() - 71000)});
 }
 
 struct Server {
@@ -65,7 +71,7 @@ bool turn(StateFetch& fetch, std::map<PeerId, Server*>& servers, double now) {
     REQUIRE(frame.header.payload_bytes <= kStateChunkBytes);
     std::memcpy(incoming.target, frame.payload, frame.header.payload_bytes);
     if (server->damages) incoming.target[7] ^= std::byte{1};
-    fetch.on_payload(peer, frame.header, {incoming.target, frame.header.payload_bytes}, now);
+    fetch.on_payload(peer, frame.header, incoming, now);
   }
   return moved;
 }
@@ -88,7 +94,7 @@ TEST_CASE("a fragment comes from all servers, whole and in its version") {
   Server a(4), b(4), c(4);
   std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}, {3, &c}};
   std::vector<std::byte> into(kBytes);
-  StateFetch fetch(3, 1, in_pieces(into), {1, 2, 3});
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2, 3}, false);
   double now = 1.0;
   REQUIRE(run(fetch, servers, now));
   CHECK(into == content(4));
@@ -105,7 +111,7 @@ TEST_CASE("the version moves: everything is asked for again, nothing is mixed") 
   Server a(4), b(4);
   std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}};
   std::vector<std::byte> into(kBytes);
-  StateFetch fetch(3, 1, in_pieces(into), {1, 2});
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2}, false);
   double now = 1.0;
   for (int i = 0; i < 3; ++i) turn(fetch, servers, now);
   REQUIRE_FALSE(fetch.done());
@@ -118,11 +124,66 @@ TEST_CASE("the version moves: everything is asked for again, nothing is mixed") 
   CHECK(fetch.progress().restarts == 1);
 }
 
+TEST_CASE("the version moves all the time: a fetch that follows keeps what it has") {
+  Server a(4), b(4);
+  std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}};
+  std::vector<std::byte> into(kBytes);
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2}, true);
+  std::uint64_t newest = 4;
+  std::size_t before = 0;
+  for (double now = 1.0; !fetch.done(); now += 0.2) {
+    REQUIRE(now < 20.0);
+    for (int i = 0; i < 2; ++i) turn(fetch, servers, now);
+    a.move_to(++newest);  // b is one behind
+    for (int i = 0; i < 2; ++i) turn(fetch, servers, now);
+    b.move_to(newest);
+    CHECK(fetch.progress().bytes >= before);  // nothing is thrown away
+    before = fetch.progress().bytes;
+    fetch.pause();
+    Header request;
+    CHECK_FALSE(fetch.next_request(1, now, request));
+    if (!fetch.lock()) break;
+    const std::uint64_t version = *fetch.progress().version;
+    if (version == newest) continue;
+    for (std::byte& one : into) one = std::byte(std::to_integer<int>(one) + 77);
+    fetch.advance(version + 1);
+  }
+  CHECK(newest > 6);
+  CHECK(fetch.progress().restarts == 0);
+  CHECK(into == content(*fetch.progress().version));
+}
+
+TEST_CASE("pieces hold the same elements of equal arrays; single elements come first") {
+  constexpr std::size_t n = 700000;
+  std::vector<std::byte> weights(4 * n), moments(2 * n), other(3 * 5000), count(8);
+  const StatePieces pieces({{weights, n}, {count, 1}, {other, 5000}, {moments, n}, {{}, 0}});
+  CHECK(pieces.heads() == 1);
+  CHECK(pieces.bytes_of(0) == 8);
+  CHECK(pieces.bytes() == weights.size() + moments.size() + other.size() + count.size());
+  std::vector<std::byte> out(kStateChunkBytes);
+  for (std::size_t i = 0; i < n; ++i) {  // the same mark on each element of an index
+    const auto mark = std::byte(i / 1000 % 251);
+    std::fill_n(weights.begin() + std::ptrdiff_t(4 * i), 4, mark);
+    std::fill_n(moments.begin() + std::ptrdiff_t(2 * i), 2, mark);
+  }
+  for (std::size_t piece = 1; piece < pieces.size(); ++piece) {
+    REQUIRE(pieces.bytes_of(piece) <= kStateChunkBytes);
+    std::map<std::byte, std::size_t> marks;
+    pieces.read(piece, out.data());
+    for (std::size_t i = 0; i < pieces.bytes_of(piece); ++i) ++marks[out[i]];
+    for (const auto& [mark, bytes] : marks) CHECK((mark == std::byte{0} || bytes % 6 == 0));
+    std::fill(out.begin(), out.end(), std::byte{0});
+    pieces.write(piece, out.data());
+  }
+  CHECK(std::all_of(moments.begin(), moments.end(), [](std::byte b) { return b == std::byte{}; }));
+  CHECK_THROWS_AS(StatePieces({{count, 3}}), std::invalid_argument);
+}
+
 TEST_CASE("a server that is being written to is asked again, and not in a circle") {
   Server a(4);
   std::map<PeerId, Server*> servers = {{1, &a}};
   std::vector<std::byte> into(kBytes);
-  StateFetch fetch(3, 1, in_pieces(into), {1});
+  StateFetch fetch(3, 1, in_pieces(into), {1}, false);
   double now = 1.0;
   a.store.begin_update(3);
   CHECK_FALSE(run(fetch, servers, now, 20));
@@ -137,7 +198,7 @@ TEST_CASE("a damaged piece is asked for again; who damages much is not asked any
   bad.damages = true;
   std::map<PeerId, Server*> servers = {{1, &bad}, {2, &good}};
   std::vector<std::byte> into(kBytes);
-  StateFetch fetch(3, 1, in_pieces(into), {1, 2});
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2}, false);
   double now = 1.0;
   REQUIRE(run(fetch, servers, now));
   CHECK(into == content(4));
@@ -149,7 +210,7 @@ TEST_CASE("servers that die in between") {
   Server a(4), b(4);
   std::map<PeerId, Server*> servers = {{1, &a}, {2, &b}};
   std::vector<std::byte> into(kBytes);
-  StateFetch fetch(3, 1, in_pieces(into), {1, 2});
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2}, false);
   double now = 1.0;
   for (int i = 0; i < 2; ++i) turn(fetch, servers, now);
   a.alive = false;
@@ -219,7 +280,7 @@ TEST_CASE("a store answers no nonsense and keeps few requests") {
 
 TEST_CASE("answers that nobody asked for become nothing") {
   std::vector<std::byte> into(kBytes);
-  StateFetch fetch(3, 1, in_pieces(into), {1});
+  StateFetch fetch(3, 1, in_pieces(into), {1}, false);
   Header request;
   REQUIRE(fetch.next_request(1, 1.0, request));
   Header answer;

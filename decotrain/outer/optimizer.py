@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ class OuterOptimizer:
         self._late: set[int] = set()  # fragments that take part again when others open a round
         self._versions = self._load(state) if state else [0] * len(self.fragments)
         for fragment, version in zip(self.fragments, self._versions, strict=True):
-            comm.register_state(fragment.tag, fragment.state, version)
+            comm.register_state(fragment.tag, fragment.state, version, self._effect_on(fragment))
         self._start()
 
     # --- starting
@@ -194,14 +194,22 @@ class OuterOptimizer:
     def _take(self, fragment: Fragment, result: Result) -> None:
         """One round's effect on the shared state: the same on every peer, whoever it is."""
         with self.comm.updating(fragment.tag):
-            if result.contributors:
-                value = torch.as_tensor(result.tensor)
-                if not fragment.started.item():
-                    fragment.theta.copy_(value)
-                    fragment.started.fill_(result.seq + 1)
-                else:
-                    self.update.apply(fragment.theta, value, fragment.buffers)
+            self._move(fragment, result)
         self.last_contributors = result.contributors
+
+    def _move(self, fragment: Fragment, result: Result) -> None:
+        """Element by element, so that a newcomer can follow rounds while it fetches the state."""
+        if not result.contributors:
+            return
+        value = torch.as_tensor(result.tensor)
+        if not fragment.started.item():
+            fragment.theta.copy_(value)
+            fragment.started.fill_(result.seq + 1)
+        else:
+            self.update.apply(fragment.theta, value, fragment.buffers)
+
+    def _effect_on(self, fragment: Fragment) -> Callable[[Result], None]:
+        return lambda result: self._move(fragment, result)
 
     # --- what others may ask
 

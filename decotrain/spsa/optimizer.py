@@ -82,7 +82,9 @@ class SPSA:
         self._log: seedlog.Writer | None = None
         self._resume()
         if comm is not None:
-            comm.register_state(self.tag, self._shared_state(), self._applied)
+            # A pool is no matter of single elements: with one, state that moves is fetched anew.
+            effect = self._move if self.pool is None else None
+            comm.register_state(self.tag, self._shared_state(), self._applied, effect)
 
     def _shared_state(self) -> dict[str, torch.Tensor]:
         state = self.space.state()
@@ -262,6 +264,11 @@ class SPSA:
         if log is not None:
             log.append(record)
         self._last.append((record.step, update.counted, len(record.entries)))
+
+    def _move(self, result: Any) -> None:
+        """What a record does to the parameters, element by element, and nothing else."""
+        entries, _ = entries_of(result.seq, result.parts)
+        self.apply([self.recipe.update(result.seq, entries)], result.seq)
 
     def apply(self, updates: Sequence[Update], first_step: int) -> None:
         """Apply updates in order, without exchange. A replay does it for many at once."""

@@ -52,6 +52,7 @@ class SimPeer:
                 quorum=options.quorum,
                 done_bound_s=options.done_bound_s,
                 missed_rounds=options.missed_rounds,
+                missed_bytes=0,
             )
         )
         who = mb.Identity(
