@@ -28,6 +28,7 @@ decotrain: train one model on machines that share nothing but the internet
   decotrain status HOST:PORT           who is in, and how they are
   decotrain leave HOST:PORT PEER       asks a peer to leave in order
   decotrain kick HOST:PORT PEER        leaves a peer out
+  decotrain token new                  the secret that keeps strangers out of a run
   decotrain replay BASE LOG -o OUT     a base model and a seed log become the tuned model
   decotrain seedlog show LOG           what a seed log holds
   decotrain --version
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "status": operate.status,
         "leave": operate.leave,
         "kick": operate.kick,
+        "token": operate.token,
         "replay": lambda rest: _seeds(["replay", *rest]),
         "seedlog": lambda rest: _seeds(["seedlog", *rest]),
     }

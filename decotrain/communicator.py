@@ -64,6 +64,7 @@ class Communicator:
             self._shared.versions.declared,
             self._shared.installed,
             lambda bound: told_addresses(bound, asked.advertise),
+            token=asked.token,
         )
 
     def _make_node(self, peer: int) -> Any:
@@ -469,6 +470,7 @@ def join(
     timeout_s: float | None = None,  # None: wait for ever for the coordinator and the first view
     grace_s: float = 0.0,
     quorum: float = 1.0,
+    insecure: bool = False,  # without a token, on a network where everybody is trusted
 ) -> Communicator:
     """Join a run; returns when the coordinator has welcomed this peer and `config` is known.
 
@@ -477,7 +479,7 @@ def join(
     build models in between.
     """
     say_last_words()
-    asked = ask(address, name, run, token_file, config, min_peers, listen, advertise)
+    asked = ask(address, name, run, token_file, config, min_peers, listen, advertise, insecure)
     options = {"grace_s": grace_s, "quorum": quorum}
     comm = Communicator(asked, options)
     try:

@@ -19,7 +19,8 @@ from decotrain.control import member as mb
 from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
-from decotrain.control.transport import split_address
+from decotrain.control.token import Token, find
+from decotrain.control.transport import check_trust, split_address
 from decotrain.errors import ConfigError
 
 UNIX = "unix://"  # any free name
@@ -32,6 +33,7 @@ class Asked:
 
     address: str  # of the coordinator
     who: mb.Identity
+    token: Token | None  # None: whoever reaches us may talk
     fingerprint: int  # what peers of one run have in common
     listen: list[str]  # of the data plane
     advertise: list[str]  # what others are told instead of the TCP addresses we listen on
@@ -47,6 +49,7 @@ def ask(
     min_peers: int | None,
     listen: str | Sequence[str] | None,
     advertise: str | Sequence[str] | None = None,
+    insecure: bool = False,
 ) -> Asked:
     """Arguments first, then the environment that `decotrain run` sets, then this machine."""
     address = address or os.environ.get("DECOTRAIN_JOIN")
@@ -61,7 +64,10 @@ def ask(
         listen = [] if os.environ.get("DECOTRAIN_DIAL_ONLY") else os.environ.get("DECOTRAIN_LISTEN")
     places = listen_addresses(host if listen is None else listen)
     told = advertised(advertise or os.environ.get("DECOTRAIN_ADVERTISE") or "")
-    number = fingerprint(run, token_file or os.environ.get("DECOTRAIN_TOKEN_FILE"))
+    token = find(token_file)
+    for place in ([] if address == "local" else [address]) + places:
+        if not place.startswith("unix://"):
+            check_trust(place, token, insecure)
     who = mb.Identity(
         run=run,
         peer=new_peer_id(),
@@ -74,24 +80,16 @@ def ask(
     )
     server = None
     if address == "local":
-        server = ServerThread(Options(run=run, min_peers=1))
+        server = ServerThread(Options(run=run, min_peers=1), token=token)
         address = server.address
-    return Asked(address, who, number, places, told, server)
+    return Asked(address, who, token, fingerprint(run, token), places, told, server)
 
 
-def fingerprint(run: str, token_file: str | None) -> int:
+def fingerprint(run: str, token: Token | None) -> int:
     """What peers of one run have in common: its name and token."""
-    token = b""
-    if token_file:
-        try:
-            with open(token_file, "rb") as file:
-                token = file.read(4096).strip()
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read the token file {token_file}: {error.strerror}"
-            ) from None
-    digest = hashlib.blake2b(run.encode() + b"\0" + token, digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    if token is not None:
+        return token.fingerprint(run)
+    return int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "big")
 
 
 def own_host(address: str) -> str:

@@ -123,3 +123,31 @@ def test_status_of_nobody(run_dir: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert_refused(run(["status", f"127.0.0.1:{port}"], run_dir), "no coordinator answers")
+
+
+def test_a_new_token_goes_into_a_file_of_its_own(run_dir: Path) -> None:
+    done = run(["token", "new", "--out", "run.token"], run_dir)
+    assert done.returncode == 0, done.stderr
+    text = (run_dir / "run.token").read_text().strip()
+    assert text.startswith("dtk1-")
+    assert text not in done.stdout + done.stderr
+    assert (run_dir / "run.token").stat().st_mode & 0o777 == 0o600
+    assert_refused(run(["token", "new", "--out", "run.token"], run_dir), "not overwritten")
+    printed = run(["token", "new"], run_dir).stdout.strip()
+    assert printed.startswith("dtk1-")
+    assert printed != text
+
+
+@pytest.mark.parametrize("command", [["coordinator"], ["status", "127.0.0.1:1"]])
+def test_a_wrong_token_file_is_one_line(run_dir: Path, command: list[str]) -> None:
+    (run_dir / "open.token").write_text("dtk1-")
+    (run_dir / "open.token").chmod(0o644)
+    assert_refused(run([*command, "--token-file", "open.token"], run_dir), "chmod 600")
+    (run_dir / "open.token").chmod(0o600)
+    assert_refused(run([*command, "--token-file", "open.token"], run_dir), "holds no token")
+    assert_refused(run([*command, "--token-file", "none"], run_dir), "token file none: No such")
+
+
+def test_an_open_coordinator_has_to_be_asked_for(run_dir: Path) -> None:
+    done = run(["coordinator", "--listen", "0.0.0.0:0"], run_dir, DECOTRAIN_INSECURE="")
+    assert_refused(done, "decotrain token new", "--insecure")

@@ -25,7 +25,8 @@ import zmq
 from decotrain.control import member as mb
 from decotrain.control import messages as m
 from decotrain.control.effects import identity
-from decotrain.control.transport import connect_dealer
+from decotrain.control.token import Token
+from decotrain.control.transport import Handshakes, connect_dealer
 from decotrain.errors import MessageError
 
 TICK_S = 0.05
@@ -85,8 +86,9 @@ class Agent:
         # hold is void
         on_install: Callable[..., bool] = lambda *_: True,
         tell: Callable[[list[str]], list[str]] = list,  # addresses of the node -> for others
+        token: Token | None = None,
     ) -> None:
-        self.address = address
+        self.address, self.token = address, token
         self.make_node = make_node
         self.declared = declared
         self.held = held
@@ -128,7 +130,7 @@ class Agent:
         addresses = self.tell(list(node.addresses))[: m.ADDRESSES_MAX]
         who = replace(who, addresses=addresses)
         self.node = node
-        self.socket = connect_dealer(self.context, self.address, identity(who.peer))
+        self._connect(who.peer)
         self.member = mb.Member(who, self.rng)
         with self.shared.changed:
             self.shared.peer, self.shared.node = who.peer, node
@@ -137,6 +139,14 @@ class Agent:
         if self.ready:
             node.declare(self.declared())
             self._step(mb.Ready())
+
+    def _connect(self, peer: int) -> None:
+        self.socket = connect_dealer(self.context, self.address, identity(peer), self.token)
+        self.handshakes = Handshakes(self.socket, self.address, self.token)
+
+    def _disconnect(self) -> None:
+        self.handshakes.close()
+        self.socket.close()
 
     def _run(self) -> None:
         try:
@@ -147,7 +157,7 @@ class Agent:
             self._end("broken", f"the control thread ended: {error!r}")
         finally:
             self.node.close()
-            self.socket.close()
+            self._disconnect()
             self.context.term()
             os.close(self.wake_read)
             os.close(self.wake_write)
@@ -172,6 +182,12 @@ class Agent:
             self._node_event(event)
         self._receive()
         self._step(None)
+        wrong = self.handshakes.look()
+        if wrong is not None and not self.shared.welcome:  # once welcome we dial for ever
+            self._end("refused", wrong)
+        elif self.handshakes.stuck:
+            self._disconnect()
+            self._connect(self.member.me.peer)
         if self.again_s is not None and time.monotonic() >= self.again_s:
             self._come_back()
 
@@ -291,7 +307,7 @@ class Agent:
             self._end("left", "left out while leaving")
             return
         old = self.node
-        self.socket.close()
+        self._disconnect()
         with self.shared.changed:
             self.shared.incarnation += 1  # before works fail: whoever waits sees why
         old.close()

@@ -1,29 +1,35 @@
-"""What operators and launchers ask a coordinator: status, kick, exited. One request, one answer."""
+"""What operators and launchers ask a coordinator: status, kick, exited. One request, one answer.
+
+Each takes the run's token; without one it is that of the environment (DECOTRAIN_TOKEN_FILE).
+"""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import zmq
 
 from decotrain.control import messages as m
-from decotrain.control.transport import connect_dealer
+from decotrain.control.token import Token, find
+from decotrain.control.transport import Handshakes, connect_dealer
 from decotrain.errors import ConfigError, MessageError, RefusedError, UnreachableError
 
+LOOK_S = 0.05
 
-def _ask(address: str, message: Any, kind: type[Any], timeout_s: float) -> Any:
+
+def _ask(address: str, message: Any, kind: type[Any], timeout_s: float, token: Token | None) -> Any:
+    token = token or find()
     context: zmq.Context[Any] = zmq.Context()
     try:
-        socket = connect_dealer(context, address)
+        socket = connect_dealer(context, address, token=token)
+        handshakes = Handshakes(socket, address, token)
         try:
             socket.send(m.encode(message))
-            if not socket.poll(int(timeout_s * 1000)):
-                raise UnreachableError(
-                    f"no coordinator answers at {address} within {timeout_s:g} s: check the"
-                    " address, that it runs, and that the port is open"
-                )
+            _await(socket, handshakes, timeout_s)
             answer = m.decode(socket.recv())
         finally:
+            handshakes.close()
             socket.close()
     finally:
         context.term()
@@ -34,11 +40,30 @@ def _ask(address: str, message: Any, kind: type[Any], timeout_s: float) -> Any:
     return answer
 
 
+def _await(socket: zmq.Socket[Any], handshakes: Handshakes, timeout_s: float) -> None:
+    """Until there is an answer, or a reason why there will be none."""
+    end_s = time.monotonic() + timeout_s
+    while not socket.poll(int(min(timeout_s, LOOK_S) * 1000)):
+        wrong = handshakes.look()
+        if wrong is not None:
+            raise RefusedError(wrong)
+        if time.monotonic() >= end_s:
+            raise UnreachableError(
+                f"no coordinator answers at {handshakes.address} within {timeout_s:g} s: check the"
+                " address, that it runs, and that the port is open"
+            )
+
+
 def status(
-    address: str, run: str = "", events_after: int = 0, timeout_s: float = 5.0
+    address: str,
+    run: str = "",
+    events_after: int = 0,
+    timeout_s: float = 5.0,
+    token: Token | None = None,
 ) -> dict[str, Any]:
     """Who is in, how fast, how stale. Empty run: whichever runs at the address."""
-    answer: m.Status = _ask(address, m.AskStatus(run, events_after), m.Status, timeout_s)
+    message = m.AskStatus(run, events_after)
+    answer: m.Status = _ask(address, message, m.Status, timeout_s, token)
     return answer.status
 
 
@@ -50,11 +75,12 @@ def kick(
     leave: bool = False,  # asks it to leave instead; it may come back
     reason: str = "",
     timeout_s: float = 5.0,
+    token: Token | None = None,
 ) -> str:
     """Leaves out the peer whose id (16 hex digits) or name's beginning is `name`; who it was."""
     peer = int(name, 16) if len(name) == 16 and all(c in "0123456789abcdef" for c in name) else 0
     message = m.Kick(run, peer, "" if peer else name, leave, reason)
-    answer: m.Done = _ask(address, message, m.Done, timeout_s)
+    answer: m.Done = _ask(address, message, m.Done, timeout_s, token)
     if not answer.ok:
         raise ConfigError(f"cannot leave out {name!r}: {answer.detail}; see `decotrain status`")
     return answer.detail
@@ -69,8 +95,9 @@ def exited(
     launch: str = "",
     detail: str = "",
     timeout_s: float = 2.0,
+    token: Token | None = None,
 ) -> bool:
     """A launcher saw a process end. True when the coordinator knew the peer."""
     message = m.Exited(run, peer, host, launch, detail)
-    answer: m.Done = _ask(address, message, m.Done, timeout_s)
+    answer: m.Done = _ask(address, message, m.Done, timeout_s, token)
     return answer.ok

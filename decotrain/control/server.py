@@ -19,7 +19,8 @@ from decotrain.control import messages
 from decotrain.control.coordinator import Coordinator, Options
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick
 from decotrain.control.record import Record, RecordFile
-from decotrain.control.transport import bind_router
+from decotrain.control.token import Token
+from decotrain.control.transport import Gate, bind_router, check_trust
 from decotrain.errors import ConfigError, FileError, MessageError
 
 TICK_S = 0.05
@@ -38,14 +39,25 @@ class Server:
         options: Options,
         folder: str | Path | None,  # of the record; None: memory only
         on_log: Callable[[Log], None] | None = None,
+        *,
+        token: Token | None = None,
+        insecure: bool = False,  # without a token, for other machines too
     ) -> None:
+        check_trust(listen, token, insecure)
+        if token is not None:
+            options = replace(options, token=token.record_mark())
         self.file = RecordFile(folder) if folder is not None else None
         record = self.file.load() if self.file is not None else None
         _check_record(record, options)
         self.context: zmq.Context[Any] = zmq.Context()
+        self.gate: Gate | None = None
         try:
-            self.socket, self.address = bind_router(self.context, listen)
+            if token is not None:
+                self.gate = Gate(self.context, token)
+            self.socket, self.address = bind_router(self.context, listen, token)
         except ConfigError:
+            if self.gate is not None:
+                self.gate.close()
             self.context.term()
             raise
         options = replace(options, first_term=int(time.time()))
@@ -58,16 +70,25 @@ class Server:
     def run(self) -> None:
         try:
             self._carry(self.coordinator.step(Tick(), time.monotonic()))
+            poller = zmq.Poller()
+            for socket in (self.socket, self.gate.socket if self.gate else None):
+                if socket is not None:
+                    poller.register(socket, zmq.POLLIN)
             tick_s = time.monotonic()
             while not self.stopping.is_set() and self.stopped is None:
                 pause_s = max(0.0, self._next_tick(tick_s) - time.monotonic())
-                if self.socket.poll(int(pause_s * 1000) + 1):
+                ready = dict(poller.poll(int(pause_s * 1000) + 1))
+                if self.gate is not None and self.gate.socket in ready:
+                    self.gate.answer()
+                if self.socket in ready:
                     self._receive()
                 if time.monotonic() >= self._next_tick(tick_s):
                     tick_s = time.monotonic()
                     self._carry(self.coordinator.step(Tick(), tick_s))
         finally:
             self.socket.close()
+            if self.gate is not None:
+                self.gate.close()
             self.context.term()
 
     def _next_tick(self, last_s: float) -> float:
@@ -148,8 +169,14 @@ def _check_record(record: Record | None, options: Options) -> None:
 class ServerThread:
     """A coordinator inside this process: for a run of one, launchers and tests."""
 
-    def __init__(self, options: Options, listen: str = "127.0.0.1:0", folder: Any = None) -> None:
-        self.server = Server(listen, options, folder)
+    def __init__(
+        self,
+        options: Options,
+        listen: str = "127.0.0.1:0",
+        folder: Any = None,
+        token: Token | None = None,
+    ) -> None:
+        self.server = Server(listen, options, folder, token=token)
         self.address = self.server.address
         self.thread = threading.Thread(target=self.server.run, name="coordinator", daemon=True)
         self.thread.start()
@@ -164,9 +191,12 @@ def serve(
     options: Options,
     folder: str | Path | None,
     announce: Callable[[str], None] = print,
+    *,
+    token: Token | None = None,
+    insecure: bool = False,
 ) -> int:
     """Runs a coordinator in the foreground; the exit status."""
-    server = Server(listen, options, folder)
+    server = Server(listen, options, folder, token=token, insecure=insecure)
     announce(f"coordinator of run {options.run!r} listens on {server.address}")
     try:
         server.run()

@@ -1,19 +1,33 @@
 """Addresses and ZeroMQ sockets of the control plane: names in, safe sockets out.
 
-It knows no message. Every limit that keeps a stranger cheap is set here, in one place.
+It knows no message. With a token every socket is CURVE: the coordinator's key and the one key it
+lets in follow from the token, so neither side talks to anybody who does not hold it. What a
+handshake that fails says about the other side is told here too.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import socket as sockets
 from typing import Any
 
 import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
 
 from decotrain.control.messages import MESSAGE_BYTES_MAX
+from decotrain.control.token import VARIABLE, Token
 from decotrain.errors import ConfigError
 
 DEFAULT_PORT = 29400
+INSECURE = "DECOTRAIN_INSECURE"
+DOMAIN = b"decotrain"  # without one libzmq asks no ZAP handler
+ZAP = "inproc://zeromq.zap.01"
+FAILURES_MAX = 3  # handshakes in a row, before it is no accident
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"  # ZMTP 3.1, as far as the other side waits for it
+GREETING_BYTES = 64
+PROBE_S = 2.0
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -39,6 +53,134 @@ def endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+def check_trust(address: str, token: Token | None, insecure: bool) -> None:
+    """Without a token only this machine may talk, unless somebody says that the network is safe."""
+    if token is not None or insecure or os.environ.get(INSECURE) == "1":
+        return
+    host, port = split_address(address)
+    try:
+        found = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM)
+    except OSError:
+        return  # whoever uses the address says so
+    if all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found):
+        return
+    raise ConfigError(
+        f"{address} is open to other machines, and without a token whoever reaches it is in the"
+        " run: `decotrain token new --out run.token`, and give every machine that file"
+        f" (--token-file, token_file= or {VARIABLE}); or, on a network where you trust everybody,"
+        f" say so (--insecure, insecure=True or {INSECURE}=1)"
+    )
+
+
+class Gate:
+    """The ZAP handler: the one key in, everybody else out. Polled by whoever owns the context."""
+
+    def __init__(self, context: zmq.Context[Any], token: Token) -> None:
+        self.socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(ZAP)
+        self.key = z85.decode(token.client_keys[0])
+        self.refused = 0
+
+    def answer(self) -> None:
+        """All requests that wait."""
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            sender, empty, version, request, domain, _, _, mechanism, *keys = parts
+            known = domain == DOMAIN and mechanism == b"CURVE" and keys == [self.key]
+            self.refused += not known
+            status = [b"200", b"OK"] if known else [b"400", b"unknown key"]
+            self.socket.send_multipart([sender, empty, version, request, *status, b"", b""])
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Handshakes:
+    """What became of a connecting socket's handshakes, and what that says about the other side."""
+
+    EVENTS = (
+        zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    )
+
+    def __init__(self, socket: zmq.Socket[Any], address: str, token: Token | None) -> None:
+        self.socket, self.address, self.secured = socket, address, token is not None
+        self.monitor: zmq.Socket[Any] = socket.get_monitor_socket(self.EVENTS)
+        self.failures = 0
+        self.accepted = False  # once: then it is ours, whatever happens later
+        self.stuck = False  # libzmq dials no more after what it calls a breach of the protocol
+        self.wrong: str | None = None  # why nobody there talks to us
+
+    def look(self) -> str | None:
+        """Why there is no use in going on, None while there is hope. To be called again and again:
+        libzmq waits for whoever does not read its events."""
+        while True:
+            try:
+                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                return self.wrong
+            if int(event["event"]) == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.accepted = True
+                continue
+            self.failures += 1
+            self.stuck = int(event["event"]) == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            if (self.stuck or self.failures == FAILURES_MAX) and not self.accepted:
+                self.wrong = self._why()
+
+    def _why(self) -> str | None:
+        """Which side hangs up first is a matter of luck, so its greeting is asked for."""
+        place = self.address.removeprefix("tcp://")
+        mechanism = _greeting_of(self.address)
+        if mechanism is None:
+            self.failures = 0  # it has just gone: nothing is known
+            return None
+        if mechanism == b"CURVE" and self.secured:
+            return (
+                f"the coordinator at {place} does not accept our token: it was started with another"
+                " one; copy the token file from its machine"
+            )
+        if mechanism == b"CURVE":
+            return (
+                f"the coordinator at {place} wants the run's token: copy the token file from its"
+                f" machine and name it (--token-file, token_file= or {VARIABLE})"
+            )
+        if mechanism == b"NULL" and self.secured:
+            return (
+                f"the coordinator at {place} runs without a token, and we have one: start it with"
+                " --token-file, or do without the token here"
+            )
+        return f"what answers at {place} is no coordinator: check host and port"
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close()
+
+
+def _greeting_of(address: str) -> bytes | None:
+    """The mechanism of the ZMTP greeting at the address, empty for no ZMTP; None: nobody there."""
+    greeting = b""
+    try:
+        with sockets.create_connection(split_address(address), PROBE_S) as probe:
+            probe.settimeout(PROBE_S)
+            probe.sendall(GREETING)
+            while len(greeting) < GREETING_BYTES:
+                part = probe.recv(GREETING_BYTES - len(greeting))
+                if not part:
+                    break
+                greeting += part
+    except TimeoutError:
+        return b""
+    except OSError:
+        return None if not greeting else b""
+    return greeting[12:32].rstrip(b"\0") if greeting[:1] == b"\xff" else b""
+
+
 def _guard(socket: zmq.Socket[Any]) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX + 4096)
@@ -51,12 +193,27 @@ def _guard(socket: zmq.Socket[Any]) -> None:
     socket.setsockopt(zmq.RCVHWM, 1000)
 
 
-def bind_router(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[Any], str]:
+def _secure(socket: zmq.Socket[Any], own: tuple[bytes, bytes], server: bytes | None) -> None:
+    """CURVE, as the server without a server's key, as its client with one."""
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, own[0])
+    socket.setsockopt(zmq.CURVE_SECRETKEY, own[1])
+    if server is not None:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, server)
+    else:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+
+
+def bind_router(
+    context: zmq.Context[Any], address: str, token: Token | None = None
+) -> tuple[zmq.Socket[Any], str]:
     """A listening socket, and the address it got (port 0 takes a free one)."""
     host, port = split_address(address)
     socket = context.socket(zmq.ROUTER)
     try:
         _guard(socket)
+        if token is not None:
+            _secure(socket, token.server_keys, None)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that redials keeps its identity
         socket.setsockopt(zmq.BACKLOG, 1024)
         family, *_, place = sockets.getaddrinfo(
@@ -76,12 +233,17 @@ def bind_router(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[Any
 
 
 def connect_dealer(
-    context: zmq.Context[Any], address: str, identity: bytes | None = None
+    context: zmq.Context[Any],
+    address: str,
+    identity: bytes | None = None,
+    token: Token | None = None,
 ) -> zmq.Socket[Any]:
     """Connects, and reconnects for ever with growing pauses. Sends nothing while it cannot."""
     host, port = split_address(address)
     socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _guard(socket)
+    if token is not None:
+        _secure(socket, token.client_keys, token.server_keys[0])
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # messages for a dead connection are not kept

@@ -39,6 +39,7 @@ class Options:
     token_file: str | None
     listen: str | None
     advertise: str | None
+    insecure: bool
     dial_only: bool
     processes: int | str  # "gpu", "cpu" and "auto" are counted by the launcher, which has torch
     restarts: int
@@ -60,6 +61,7 @@ class Options:
             "DECOTRAIN_TOKEN_FILE": self.token_file,
             "DECOTRAIN_LISTEN": self.listen,
             "DECOTRAIN_ADVERTISE": self.advertise,
+            "DECOTRAIN_INSECURE": "1" if self.insecure else None,
             "DECOTRAIN_DIAL_ONLY": "1" if self.dial_only else None,
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -79,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of this peer, for people; default: host name and process id")  # fmt: skip
     add("--token-file", default=os.environ.get("DECOTRAIN_TOKEN_FILE"), metavar="FILE",
         help="the run's token")  # fmt: skip
+    add("--insecure", action="store_true",
+        help="join without a token, on a network where everybody is trusted")  # fmt: skip
     add("--listen", default=os.environ.get("DECOTRAIN_LISTEN"), metavar="HOST[:PORT],...",
         help="where peers reach this one; default: any free port of the address that leads to"
         " the coordinator")  # fmt: skip
@@ -134,6 +138,7 @@ def parse(words: Sequence[str]) -> Options:
         token_file=asked.token_file,
         listen=asked.listen,
         advertise=asked.advertise,
+        insecure=asked.insecure,
         dial_only=asked.dial_only,
         processes=processes,
         restarts=asked.max_restarts,

@@ -30,6 +30,7 @@ from decotrain.control import client
 from decotrain.control import messages as m
 from decotrain.control.coordinator import Options as RunOptions
 from decotrain.control.server import ServerThread
+from decotrain.control.token import find
 from decotrain.errors import ConfigError, Error
 from decotrain.farewell import FILE, last_words
 from decotrain.launch.options import Options
@@ -73,14 +74,15 @@ class Peer:
     def run(self) -> int:
         """The exit code."""
         with ExitStack() as stack:
+            token = find(self.options.token_file)
             if self.options.join is None:
-                server = ServerThread(RunOptions(run=self.options.run))
+                server = ServerThread(RunOptions(run=self.options.run), token=token)
                 stack.callback(server.stop)
                 self.address = server.address
                 _say(f"run {self.options.run!r} at {self.address.removeprefix('tcp://')}")
             else:
                 self.address = self.options.join
-                client.status(self.address, self.options.run, timeout_s=ASK_S)
+                client.status(self.address, self.options.run, timeout_s=ASK_S, token=token)
             handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
             for number in handlers:  # until torch's agent has its own
                 signal.signal(number, _ended_early)

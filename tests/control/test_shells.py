@@ -18,6 +18,7 @@ from decotrain.control import member as mb
 from decotrain.control.agent import Agent, new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import Server, ServerThread
+from decotrain.control.token import Token
 from decotrain.errors import ConfigError, UnreachableError
 from tests.control.fakes import empty_report
 
@@ -56,9 +57,9 @@ class FakeNode:
         os.close(self._write)
 
 
-def agent(address: str, name: str, **identity: Any) -> Agent:
-    who = mb.Identity(run="default", peer=new_peer_id(), name=name, **identity)
-    made = Agent(address, who, FakeNode, list)
+def agent(address: str, name: str, token: Token | None = None, **identity: Any) -> Agent:
+    who = mb.Identity(**{"run": "default", "peer": new_peer_id(), "name": name, **identity})
+    made = Agent(address, who, FakeNode, list, token=token)
     made.post(mb.Ready())
     return made
 
