@@ -1,4 +1,4 @@
-"""The command line: `decotrain train`, `run`, `plan`, and the commands of operate.py.
+"""The command line: `decotrain train`, `compare`, `run`, `plan`, and the commands of operate.py.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
 input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
@@ -20,6 +20,7 @@ HELP = """\
 decotrain: train one model on machines that share nothing but the internet
 
   decotrain train [key=value ...]      several peers on this machine train a model on a text
+  decotrain compare RUN ...            runs or sweeps side by side: a table and a picture
   decotrain plan key=value ...         which outer optimizer keeps peers busy on given links
   decotrain run --join HOST:PORT script.py ...
                                        a script on this machine as one peer of a run
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": lambda rest: _by_hydra("train", rest),
         "plan": plan,
+        "compare": compare,
         "run": run,
         "coordinator": operate.coordinator,
         "status": operate.status,
@@ -229,11 +231,17 @@ def _job_of(command: str) -> Any:
     return TrainJob
 
 
-# --- plan
+# --- plan, compare
 
 
 def plan(words: list[str]) -> int:
     from decotrain.plan import main
+
+    return main(words)
+
+
+def compare(words: list[str]) -> int:
+    from decotrain.train.compare import main  # imports torch for TensorBoard, after the table
 
     return main(words)
 

@@ -214,6 +214,7 @@ FENCES = {
     "msgpack": ("control", "state", "spsa"),
     "hydra": ("cli", "train"),
     "rich": ("cli", "train"),
+    "matplotlib": ("train",),
     "cupy": ("cuda", "spsa"),
 }
 

@@ -18,6 +18,7 @@ import torch
 
 from decotrain import checkpoint
 from decotrain.control import client
+from decotrain.train import compare
 
 pytestmark = pytest.mark.timeout(300)  # many processes that import torch
 
@@ -228,6 +229,12 @@ def test_a_sweep_is_one_run_for_each_value(place: Path, start: Callable[..., Run
     }
     assert set(found) == {0.4, 0.7}
     assert all((folder / "summary.json").is_file() for folder in found.values())
+    runs = {run.label: run for run in compare.read_all([place / "runs" / "sweep"])}
+    assert set(runs) == {"outer.lr=0.4", "outer.lr=0.7"}
+    for run in runs.values():
+        assert run.last.step == 20
+        assert 0 < run.last.sent_bytes <= run.sent_bytes
+        assert 0 < run.last.seconds <= run.seconds
 
 
 def test_peers_that_cannot_start_say_why(place: Path, start: Callable[..., Running]) -> None:

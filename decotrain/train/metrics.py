@@ -34,11 +34,11 @@ class Journal:
 
 
 class Tail:
-    """Reads a journal from where it was, or from its present end."""
+    """Reads a journal from where it was; at first from its present end, or the whole of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, whole: bool = False) -> None:
         self._path = path
-        self._at = path.stat().st_size if path.exists() else 0
+        self._at = path.stat().st_size if path.exists() and not whole else 0
 
     def read(self) -> Iterator[Event]:
         """Whole lines since the last call. A line that is no event is left out."""
