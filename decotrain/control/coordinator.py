@@ -14,6 +14,7 @@ from typing import Any
 
 from decotrain.control import messages as m
 from decotrain.control.change import Changes
+from decotrain.control.closed import answer_time, suspect_closed
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.record import Record, RecordMember
 from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
@@ -33,6 +34,7 @@ class Options:
     first_term: int = 1
     recover_minority: bool = False  # rebuild a lost record from fewer than a majority
     suspect_timeout_s: float = 3.0  # without heartbeat
+    closed_timeout_s: float = 0.1  # and two round trips; most links closed, and no sign of life
     report_timeout_s: float = 3.0  # without report after a FREEZE
     install_timeout_s: float = 6.0  # without ack of an INSTALL
     resend_s: float = 0.3
@@ -59,6 +61,7 @@ class Coordinator:
         self.effects: list[Any] = []
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_MAX)
         self.event_count = 0
+        self.asking_s: float | None = None  # when a heartbeat that was asked for is late
         self.started_s: float | None = None
         self.stepped_s = 0.0
         self.stopped = False
@@ -90,6 +93,7 @@ class Coordinator:
             self._receive(event.source, event.message, now)
         if not self.stopped:
             self._suspect_silent(now)
+            suspect_closed(self, now, isinstance(event, Tick))
             self._relay(now)
             self.changes.advance(now)
         return self.effects
@@ -149,6 +153,7 @@ class Coordinator:
             self.changes.report(message, now)
         elif isinstance(message, m.Ack):
             if message.done:
+                peer.answer_s = answer_time(self, peer, message.view, now)
                 peer.view = max(peer.view, message.view)
         elif isinstance(message, m.Leave):
             if not self.only_holder(message.peer):
@@ -338,6 +343,11 @@ class Coordinator:
             bound_s = timeout_s / 2 if key in doubted else timeout_s
             if now - peer.heard_s > bound_s:
                 self.leave_out(key, "silent", f"not heard for {now - peer.heard_s:.1f} s", now)
+
+    def next_s(self) -> float | None:
+        """When a tick must not come later than usual."""
+        due = [due_s for due_s in (self.due_s, self.asking_s) if due_s is not None]
+        return min(due) if due else None
 
     def _accused(self, peer: Peer, message: m.Suspect, now: float) -> None:
         """What rounds say about others. Stale once the view has changed."""

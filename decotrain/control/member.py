@@ -233,6 +233,9 @@ class Member:
             if self.known:
                 self.known = False
                 self.hello_s = now
+        elif isinstance(message, m.AskHeartbeat):
+            self._heard(message.term, now)
+            self.heartbeat_s = now
         elif isinstance(message, m.Routes):
             if message.term >= self.term and message.number != self.routes:
                 self.routes = message.number

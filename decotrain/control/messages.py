@@ -183,6 +183,15 @@ class Refuse:
 
 
 @dataclass(frozen=True)
+class AskHeartbeat:
+    """Most others find their links to you closed: a heartbeat at once, or you are left out."""
+
+    run: Annotated[str, name]
+    term: Annotated[int, u32]
+    peer: Annotated[int, peer_id]
+
+
+@dataclass(frozen=True)
 class AskHello:
     """The coordinator does not know who speaks: register."""
 
@@ -251,6 +260,7 @@ KINDS: dict[str, type[Any]] = {
     "welcome": Welcome,
     "refuse": Refuse,
     "ask_hello": AskHello,
+    "ask_heartbeat": AskHeartbeat,
     "freeze": Freeze,
     "install": Install,
     "routes": Routes,

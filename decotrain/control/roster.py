@@ -28,6 +28,8 @@ class Peer:
     void: bool = False  # until it has fetched the run's state
     promote_after_s: float = 0.0
     down: tuple[int, ...] = ()
+    asked_s: float | None = None  # for a heartbeat, because others find its links closed
+    answer_s: float = 0.0  # it took to install the last view: a bound on its round trip
     routes: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -77,6 +79,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return "nothing" if value is None else repr(value)[:80]
+
+
+def shunned(down: Mapping[int, Iterable[int]]) -> set[int]:
+    """Peers whose links are closed, say more than half of the others in the map."""
+    said: dict[int, int] = {}
+    for peer, others in down.items():
+        for other in set(others) - {peer}:
+            said[other] = said.get(other, 0) + 1
+    return {peer for peer in down if 2 * said.get(peer, 0) > len(down) - 1}
 
 
 Edge = tuple[int, int]  # peers, lower id first

@@ -93,7 +93,7 @@ class Server:
 
     def _next_tick(self, last_s: float) -> float:
         """Survivors wait for a change that is due: it does not wait for the usual tick."""
-        due_s = self.coordinator.due_s
+        due_s = self.coordinator.next_s()
         if due_s is None:
             return last_s + TICK_S
         return min(last_s + TICK_S, max(due_s, last_s + DUE_TICK_S))

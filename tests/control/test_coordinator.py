@@ -57,8 +57,25 @@ def test_a_silent_peer_whose_links_are_dead_is_left_out_sooner() -> None:
     world.peers[3].alive = False
     for other in (1, 2):
         world.step(world.peers[other], Link(3, up=False))
-    world.run(2.4)
+    world.run(0.8)  # a message takes 0.05 s here, and nobody was silent for long
     assert world.agreed() == (1, 2)
+
+
+def test_a_live_peer_whose_links_are_dead_answers_and_stays() -> None:
+    world = three()
+    for other in (1, 2):
+        world.step(world.peers[other], Link(3, up=False))
+    world.run(1.5)
+    assert world.agreed() == (1, 2, 3)
+    assert not [log for log in world.log if log.kind == "suspected"]
+
+
+def test_one_peer_alone_cannot_have_another_doubted() -> None:
+    world = three()
+    world.step(world.peers[1], Link(3, up=False))
+    world.peers[3].alive = False
+    world.run(0.8)
+    assert world.agreed() == (1, 2, 3)
 
 
 def test_a_clean_leave_takes_no_timeout() -> None:
