@@ -37,7 +37,7 @@ from decotrain.errors import (
 )
 from decotrain.farewell import end_well, say_last_words
 from decotrain.joining import Asked, ask, told_addresses
-from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, decode
+from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, decode, places_for
 from decotrain.shared import SharedState
 
 Tensors = Any  # a torch CPU tensor or numpy array, or a sequence of them (one round)
@@ -261,7 +261,7 @@ class Communicator:
         if held.elements == 0:
             result.parts = dict(held.parts())
         else:
-            places = self._places(held) if out is None else out
+            places = places_for(held, self._templates.get(held.tag)) if out is None else out
             if result.contributors:
                 decode(held, places)
             result.tensors = places
@@ -271,15 +271,6 @@ class Communicator:
         with shared.changed:
             shared.open = {key for key in shared.open if key[0] != held.tag or key[1] > held.seq}
         return result
-
-    def _places(self, held: Any) -> list[Any]:
-        """Tensors for a result nobody asked for: like those of the tag's last round, or flat."""
-        template = self._templates.get(held.tag)
-        if template is None or sum(map(tn.elements, template)) != held.elements:
-            import numpy as np
-
-            return [np.zeros(held.elements, dtype=np.float32)]
-        return [tn.empty_like(tensor) for tensor in template]
 
     # --- shared state
 

@@ -137,3 +137,12 @@ def decode(held: Any, places: list[Any]) -> None:
     for _, bring in pairs:
         if bring is not None:
             bring()
+
+
+def places_for(held: Any, template: list[Any] | None) -> list[Any]:
+    """Tensors for a result nobody asked for: like those of the tag's last round, or flat."""
+    if template is None or sum(map(tn.elements, template)) != held.elements:
+        import numpy as np
+
+        return [np.zeros(held.elements, dtype=np.float32)]
+    return [tn.empty_like(tensor) for tensor in template]
