@@ -1,4 +1,4 @@
-"""The command line: `decotrain train`, `compare`, `run`, `plan`, and the commands of operate.py.
+"""The command line: `decotrain train`, `finetune`, `compare`, `run`, `plan` and those of operate.py.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
 input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
@@ -20,6 +20,7 @@ HELP = """\
 decotrain: train one model on machines that share nothing but the internet
 
   decotrain train [key=value ...]      several peers on this machine train a model on a text
+  decotrain finetune base=PATH ...     several peers fine-tune a model, one byte for each sample
   decotrain compare RUN ...            runs or sweeps side by side: a table and a picture
   decotrain plan key=value ...         which outer optimizer keeps peers busy on given links
   decotrain run --join HOST:PORT script.py ...
@@ -53,8 +54,23 @@ model, and exchange what they learned only now and then. Any peer may be killed:
 
 Keys (hydra syntax; groups are chosen by name, e.g. model=tiny, codec=int8):
 """
-JOBS = {"train": TRAIN_HELP}
+FINETUNE_HELP = """\
+decotrain finetune [-m] base=PATH [key=value ...]
+
+Several peers fine-tune one model with forward passes only, and send one byte for each sample. What
+comes out is the base and a seed log of kilobytes. Any peer may be killed: the others go on.
+
+  decotrain finetune base=runs/first data.path=poems.txt     what `decotrain train` made
+  decotrain finetune base=runs/first task=classify data.path=reviews.jsonl
+  decotrain finetune base=model.safetensors factory=my_model:make context=256 data.path=poems.txt
+  decotrain finetune base=runs/first name=poems resume=auto  go on where its longest seed log ends
+  decotrain finetune base=runs/first name=poems join=203.0.113.7:29400 peers=1
+                                                             join the run of another machine
+
+Keys (hydra syntax):
+"""
 FLAGS = {"-m": 0, "--multirun": 0, "--resolve": 0, "--cfg": 1, "-c": 1, "--config-dir": 1, "-cd": 1}
+JOBS = {"train": TRAIN_HELP, "finetune": FINETUNE_HELP}
 MESSAGE_MAX = 400
 
 
@@ -72,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": lambda rest: _by_hydra("train", rest),
+        "finetune": lambda rest: _by_hydra("finetune", rest),
         "plan": plan,
         "compare": compare,
         "run": run,
@@ -131,7 +148,7 @@ def _one_line(text: str) -> str:
     text = re.split(r"\n\s*(?:full_key|Config search path|To append)|\nSee https?://", text)[0]
     text = text.removeprefix("decotrain: ")
     if found := re.match(r"Could not override '(.+)'\.$", text.strip()):
-        return f"unknown key {found[1]}; `decotrain train --help` lists the keys"
+        return f"unknown key {found[1]}; --help lists the keys"
     line = re.sub(r"\s*\n\s*", "; ", text.strip()).replace(":;", ":")
     return line if len(line) <= MESSAGE_MAX else line[:MESSAGE_MAX] + " ..."
 
@@ -225,10 +242,10 @@ def _launch(command: str, config: Any) -> int:
 
 
 def _job_of(command: str) -> Any:
+    from decotrain.finetune.job import FinetuneJob
     from decotrain.train.job import TrainJob
 
-    assert command == "train", command
-    return TrainJob
+    return {job.command: job for job in (TrainJob, FinetuneJob)}[command]
 
 
 # --- plan, compare

@@ -2,8 +2,8 @@
 
 - `open_corpus` takes a file, a folder or a glob, puts everything into two flat files in a cache
   (training part, held-out part) and memory-maps them. What is held out is fixed by hash.
-- `SampleOrder` maps a global sample number to a place in the text: a seeded permutation of all
-  windows, another one in each epoch. It knows nothing of peers.
+- `Order` maps a global sample number to one of n places: a seeded permutation, another one in each
+  epoch; `SampleOrder` to the start of a window of a text. They know nothing of peers.
 - `first_sample` is the seam for membership: which samples of that order belong to a round and slot.
 
 A sample is `context + 1` bytes. Nothing here tokenises, and nothing is random but by seed.
@@ -32,7 +32,8 @@ Numbers = npt.NDArray[np.int64]
 
 HELD_OUT_ONE_IN = 20  # files of a large set, or blocks of a small one
 FILES_FOR_WHOLE = 40  # from so many files on whole files are held out, below blocks of each file
-BLOCK_BYTES = 16 << 10
+BLOCK_BYTES = 16 << 10  # less in a text of less than 1 MiB, so that some of it is held out, too
+BLOCK_BYTES_MIN, BLOCKS_MIN = 1 << 10, 64
 COPY_BYTES = 1 << 20
 PROBE_BYTES = 1 << 10
 LANES = 64  # slots of a run (kMaxPeers): each has its own samples in each round
@@ -118,16 +119,18 @@ def _held_out(name: str, block: int) -> bool:
 def _blocks(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[bool, bytes]]:
     """(held out, bytes), in order."""
     whole = len(files) >= FILES_FOR_WHOLE
+    total = sum(path.stat().st_size for _, path in files)
+    size = min(BLOCK_BYTES, max(BLOCK_BYTES_MIN, total // BLOCKS_MIN))
     for name, path in files:
         with path.open("rb") as file:
             block = 0
-            while data := file.read(BLOCK_BYTES):
+            while data := file.read(size):
                 yield _held_out(name, 0 if whole else block), data
                 block += 1
 
 
 def _fingerprint(files: Sequence[tuple[str, Path]]) -> str:
-    digest = hashlib.sha256(f"1 {HELD_OUT_ONE_IN} {FILES_FOR_WHOLE} {BLOCK_BYTES}".encode())
+    digest = hashlib.sha256(f"2 {HELD_OUT_ONE_IN} {FILES_FOR_WHOLE} {BLOCK_BYTES}".encode())
     for name, path in files:
         facts = path.stat()
         digest.update(f"{name}\0{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
@@ -228,31 +231,44 @@ def _permute(values: npt.NDArray[np.uint64], size: int, key: int) -> npt.NDArray
     return out
 
 
+class Order:
+    """Sample number -> place 0..size-1: each place once in an epoch, another order in each."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self._seed = size, seed
+
+    def places(self, numbers: Numbers) -> Numbers:
+        """The places of these samples."""
+        out = np.empty(len(numbers), dtype=np.int64)
+        epochs = numbers // self.size
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            inside = (numbers[here] % self.size).astype(np.uint64)
+            out[here] = _permute(inside, self.size, self.key(int(epoch))).astype(np.int64)
+        return out
+
+    def key(self, epoch: int) -> int:
+        """What an epoch's order is made from."""
+        digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+
 class SampleOrder:
     """Sample number -> start of its window in the training text; every window once in an epoch."""
 
     def __init__(self, text_bytes: int, context: int, seed: int) -> None:
         # One window less than fit: each epoch shifts all windows by its own offset.
         self.samples = max((text_bytes - 1) // context - 1, 1)
-        self._spare = max(text_bytes - context * self.samples, 1)
+        self._order = Order(self.samples, seed)
+        self._shift = min(max(text_bytes - context * self.samples, 1), context)
         self._context = context
-        self._seed = seed
 
     def starts(self, numbers: Numbers) -> Numbers:
         """Where the windows of these samples start."""
-        out = np.empty(len(numbers), dtype=np.int64)
-        epochs = numbers // self.samples
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            key = self._key(int(epoch))
-            places = _permute((numbers[here] % self.samples).astype(np.uint64), self.samples, key)
-            shift = key % min(self._spare, self._context)
-            out[here] = places.astype(np.int64) * self._context + shift
-        return out
-
-    def _key(self, epoch: int) -> int:
-        digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
-        return int.from_bytes(digest[:7], "little")
+        epochs, inverse = np.unique(numbers // self.samples, return_inverse=True)
+        shifts = np.array([self._order.key(int(one)) % self._shift for one in epochs])
+        starts: Numbers = self._order.places(numbers) * self._context + shifts[inverse]
+        return starts
 
 
 def first_sample(round_number: int, slot: int, samples_each: int) -> int:

@@ -140,13 +140,18 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (batch, time) integers below 256. Returns scores: (batch, time, 256)."""
+        return F.linear(self.features(tokens), self.embedding.weight)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the scores are made from: (batch, time, width)."""
         time = tokens.shape[1]
         assert time <= self.config.context, f"{time} bytes, context {self.config.context}"
         table = self.rotary[:, :time]
         x = F.embedding(tokens, self.embedding.weight)
         for block in self.blocks:
             x = block(x, table)
-        return F.linear(self.norm(x), self.embedding.weight)
+        out: Tensor = self.norm(x)
+        return out
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def test_what_is_held_out_does_not_depend_on_place_or_on_other_files(tmp_path: P
 
 def test_blocks_of_a_single_file_are_held_out(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
-    file.write_bytes(os.urandom(data.BLOCK_BYTES * 60))
+    file.write_bytes(os.urandom(data.BLOCK_BYTES * 70))
     corpus = open_corpus(str(file), 16)
     assert 0 < len(corpus.held_out) < len(corpus.train)
     assert len(corpus.held_out) % data.BLOCK_BYTES == 0

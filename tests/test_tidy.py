@@ -206,6 +206,7 @@ FENCES = {
         "spsa",
         "train",
         "launch",
+        "finetune",
         "communicator",
         "tensors",
         "cuda",

@@ -6,12 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +15,10 @@ import torch
 from decotrain import checkpoint
 from decotrain.control import client
 from decotrain.train import compare
+from tests.local_runs import WAIT_S, Running, journal, processes_of, running
 
 pytestmark = pytest.mark.timeout(300)  # many processes that import torch
 
-WAIT_S = 100.0
 TINY = [
     "data.path=text", "model=tiny", "model.width=16", "model.hidden=24", "model.context=16",
     "model.layers=2", "batch=1", "outer.sync_every=5", "inner.warmup_steps=5",
@@ -41,88 +37,16 @@ def place(run_dir: Path) -> Path:
     return run_dir
 
 
-class Running:
-    """A `decotrain train` of ours."""
-
-    def __init__(self, place: Path, *arguments: str) -> None:
-        self.output = place / f"output-{len(list(place.glob('output-*')))}"
-        with self.output.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "decotrain.cli", "train", *TINY, *arguments],
-                cwd=place,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(Path(__file__).parent.parent),
-                    "DECOTRAIN_CACHE": str(place / "cache"),
-                },
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-
-    @property
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def until(self, true: Callable[[], Any], what: str) -> Any:
-        """What `true` returns once it is something."""
-        deadline_s = time.monotonic() + WAIT_S
-        while not (found := true()):
-            assert self.process.poll() is None, f"it ended before {what}:\n{self.text}"
-            assert time.monotonic() < deadline_s, f"no {what}:\n{self.text}"
-            time.sleep(0.05)  # between two looks at a file of another process
-        return found
-
-    def end(self) -> str:
-        """Waits for the end; what it printed."""
-        assert self.process.wait(WAIT_S) == 0, self.text
-        return self.text
-
-
 @pytest.fixture
 def start(place: Path) -> Iterator[Callable[..., Running]]:
     """Starts runs, and leaves none behind."""
-    runs: list[Running] = []
-
-    def make(*arguments: str) -> Running:
-        runs.append(Running(place, *arguments))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        if run.process.poll() is None:
-            run.process.send_signal(signal.SIGINT)
-            try:
-                run.process.wait(30)
-            except subprocess.TimeoutExpired:
-                run.process.kill()
-                run.process.wait()
-
-
-def journal(folder: Path, peer: str, kind: str) -> list[dict[str, Any]]:
-    """Whole lines of one kind that a peer has written."""
-    try:
-        lines = (folder / f"{peer}.jsonl").read_text().split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    with running(place, "train", *TINY) as make:
+        yield make
 
 
 def digests(folder: Path, peer: str) -> dict[int, str]:
     """SHA-256 of the outer state after each round, by version."""
     return {event["round"]: event["digest"] for event in journal(folder, peer, "round")}
-
-
-def processes_of(folder: Path) -> dict[int, str]:
-    """Command lines, by process id, of living processes that name the folder (Linux)."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in line:
-            found[int(entry.parent.name)] = line
-    return found
 
 
 def test_a_killed_peer_comes_back_and_everybody_holds_the_same(

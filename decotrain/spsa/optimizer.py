@@ -17,6 +17,7 @@ are all there is.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ class SPSA:
         self._base_digest = self.space.digest()
         self._probed = False
         self._flying: deque[Any] = deque()  # works of records not applied yet, oldest first
+        self.waited_s = 0.0  # for records, all in all
         self._applied = 0  # records whose effect the parameters contain, when alone
         self._last: list[tuple[int, int, int]] = []  # (step, counted, peers) of records applied
         self._log_path = None if log is None else Path(log)
@@ -97,6 +99,11 @@ class SPSA:
         """Records whose effect the parameters contain."""
         return self._applied if self.comm is None else int(self.comm.version(self.tag))
 
+    @property
+    def next_step(self) -> int:
+        """Number of the record that the next `step()` contributes to."""
+        return self.version + len(self._flying)
+
     def digest(self) -> str:
         """SHA-256 of the float32 parameters: equal on all peers of equal version."""
         return self.space.digest()
@@ -107,8 +114,8 @@ class SPSA:
         """Measure, send, and apply what is due. `loss_fn` runs the model's forward and returns
         the loss; it is called 2 * samples times (samples + 1 when one-sided) on one batch."""
         self._last.clear()
-        self._catch_up()
-        step = self.version + len(self._flying)
+        self.catch_up()
+        step = self.next_step
         loss, scalars = self.measure(step, loss_fn)
         data = payload(step, self._lineage(step), code.encode(scalars))
         self._flying.append(self._collect(step, data))
@@ -146,24 +153,26 @@ class SPSA:
     def _land(self) -> None:
         """Apply the oldest record in flight; or, when rounds went by without us, all that we can
         get. Results of ours that are already there must not be dropped: nobody sends them again."""
+        began_s = time.perf_counter()
         result = self._flying.popleft().wait()
+        self.waited_s += time.perf_counter() - began_s
         if result.outcome == "stable" and result.seq == self.version:
             self._apply(result)
             return
         results = [result, *(work.wait() for work in self._flying)]
         self._flying.clear()
         held = {one.seq: one for one in results if one.outcome == "stable"}
-        self._catch_up()
+        self.catch_up()
         while (ours := held.get(self.version)) is not None:
             self._apply(ours)
-            self._catch_up()
+            self.catch_up()
         if any(seq > self.version for seq in held):
             raise StateError(
                 f"records before {min(seq for seq in held if seq > self.version)} are missing here "
                 f"(version {self.version}) and nobody offers them: restart this peer"
             )
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Rounds that went on without us, or the state of the others. With rounds of ours in
         flight this waits: the communicator answers the next of them with "lost" if need be."""
         if self.comm is None or self._flying:

@@ -90,6 +90,15 @@ def masters_of(layout: Layout, tensors: Mapping[str, torch.Tensor], path: str) -
     return Values(layout, masters)
 
 
+def write_model(path: Path, model: torch.nn.Module) -> None:
+    """A model as a file of tensors, there whole or not at all: what a replay can start from."""
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    seedlog.write_atomically(path, save(tensors))
+
+
 def replay(
     base: Path | str,
     log_path: Path | str,

@@ -62,7 +62,10 @@ class Tail:
 class RunLog:
     """The log of a run. TensorBoard is imported when the first scalar comes."""
 
-    SCALARS = ("loss", "held_out", "tokens_per_s", "sync_fraction", "sent_bytes", "lr")
+    SCALARS = (
+        "loss", "held_out", "accuracy", "tokens_per_s", "steps_per_s", "sync_fraction",
+        "sent_bytes", "bytes_per_step", "lr",
+    )  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

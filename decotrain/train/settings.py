@@ -7,12 +7,12 @@ launcher hands the same mapping to its peers as JSON. It imports no torch and st
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from decotrain.errors import ConfigError
+from decotrain.train import typed
 
 PEERS_MAX = 64
 
@@ -127,14 +127,8 @@ CHOICES = {"resume": ("never", "auto"), "outer.preset": ("diloco",)}
 
 def parse(config: Mapping[str, Any]) -> Settings:
     """Checked settings; ConfigError names the first key that is wrong and what is allowed."""
-    settings: Settings = _build(Settings, config, "")
-    for key, (least, most) in LIMITS.items():
-        value = _at(settings, key)
-        if not least <= value <= most:
-            raise ConfigError(f"{key}={value} is out of range; it lies between {least} and {most}")
-    for key, allowed in CHOICES.items():
-        if _at(settings, key) not in allowed:
-            raise ConfigError(f"{key}={_at(settings, key)}: one of {', '.join(allowed)}")
+    settings = typed.build(Settings, config)
+    typed.check(settings, LIMITS, CHOICES)
     _check_together(settings)
     return settings
 
@@ -156,45 +150,6 @@ def _check_together(settings: Settings) -> None:
         )
     if not settings.prompt:
         raise ConfigError("prompt is empty; the generated sample starts from at least one byte")
-
-
-def _at(settings: Any, key: str) -> Any:
-    for part in key.split("."):
-        settings = getattr(settings, part)
-    return settings
-
-
-def _build(kind: type, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'} must have keys and values")
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in names:
-            raise ConfigError(f"unknown key {prefix}{key}; there are {', '.join(names)}")
-    made = {}
-    for name in names:
-        if name not in values:
-            raise ConfigError(f"{prefix}{name} is missing")
-        made[name] = _value(hints[name], values[name], prefix + name)
-    return kind(**made)
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, key + ".")
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, bool) and type(value) is hint:
-        return value
-    if hint is str and isinstance(value, str | int | float):
-        return str(value)
-    if hint == (str | None) and isinstance(value, str | int | None):
-        return None if value is None else str(value)
-    if hint == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
-        return (_value(float, value[0], key), _value(float, value[1], key))
-    wanted = {int: "a whole number", float: "a number", bool: "true or false"}
-    raise ConfigError(f"{key}={value!r} must be {wanted.get(hint, 'a text or two numbers')}")
 
 
 def to_mapping(settings: Settings) -> dict[str, Any]:

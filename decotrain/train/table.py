@@ -59,6 +59,8 @@ class Board:
     events: deque[str] = field(default_factory=lambda: deque(maxlen=100))
     started_s: float = field(default_factory=time.monotonic)
     notes: int = 0  # events ever
+    reference: str = "unigram"  # what unigram_nats is, in a word
+    accuracy: float = math.nan  # on the held-out part, of a run that classifies
 
     def note(self, text: str) -> None:
         """Something worth a line."""
@@ -82,6 +84,7 @@ class Board:
                 self.note(f"{name} is back at step {row.step} with state from the others")
         elif kind == "evaluation":
             self.held_out.append((int(event["step"]), float(event["held_out"])))
+            self.accuracy = float(event.get("accuracy", math.nan))
         elif kind == "end":
             row.state, row.digest = "finished", str(event.get("digest", ""))
 
@@ -109,12 +112,16 @@ def headline(board: Board) -> str:
         board.run,
         f"{elapsed_s // 60}:{elapsed_s % 60:02d}",
         f"step {board.step}/{board.steps}",
-        f"round {max(row.round for row in board.rows.values())}/{board.rounds}",
     ]
+    if board.rounds != board.steps:
+        parts.append(f"round {max(row.round for row in board.rows.values())}/{board.rounds}")
     if board.held_out:
         parts.append(
-            f"held-out {board.held_out[-1][1]:.3f} nats (unigram {board.unigram_nats:.3f})"
+            f"held-out {board.held_out[-1][1]:.3f} nats"
+            f" ({board.reference} {board.unigram_nats:.3f})"
         )
+    if not math.isnan(board.accuracy):
+        parts.append(f"accuracy {board.accuracy:.1%}")
     parts.append(f"sent {size(board.sent_bytes)}")
     return " | ".join(parts)
 

@@ -9,10 +9,8 @@ Started by the launcher; what it prints goes to peer-2.log, what it measures to 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -23,22 +21,16 @@ import torch
 from torch import nn
 
 from decotrain import checkpoint
-from decotrain.communicator import Communicator, join
+from decotrain.communicator import Communicator
 from decotrain.data import Batches, Corpus, SampleOrder, open_corpus
-from decotrain.errors import Error, FileError
+from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
 from decotrain.outer import DiLoCo, OuterOptimizer
-from decotrain.parent import end_with_parent
+from decotrain.train import peer
 from decotrain.train.metrics import Journal
 from decotrain.train.settings import InnerSettings, Settings, parse
 
-PROGRESS_S = 1.0  # between two lines about progress
 EVALUATION_BATCH = 32
-LEAVE_S = 3.0  # less than the launcher's patience
-
-
-class Stopped(BaseException):
-    """The launcher asks us to end."""
 
 
 def make_model(settings: Settings) -> Transformer:
@@ -130,13 +122,13 @@ class Trainer:
     @property
     def due(self) -> bool:
         """Time for a line about progress."""
-        return bool(self.losses) and time.perf_counter() - self.told_s >= PROGRESS_S
+        return bool(self.losses) and time.perf_counter() - self.told_s >= peer.PROGRESS_S
 
     def save(self, folder: Path, round_number: int, outer: OuterOptimizer | None) -> None:
         """A checkpoint; its model is the outer parameters."""
         tensors, facts = checkpoint.pack_optimizer(self.inner)
         tensors["torch_rng"] = torch.get_rng_state()
-        meta: dict[str, Any] = {"inner": facts, "config": json.loads(_config_text(self.folder))}
+        meta: dict[str, Any] = {"inner": facts, "config": peer.config_of(self.folder)}
         if outer is None:
             model = dict(self.model.state_dict())
         else:
@@ -249,58 +241,18 @@ def _outer_state(resume: Path | None) -> dict[str, Any] | None:
     return {**saved.meta["outer"], "tensors": tensors}
 
 
-def _config_text(folder: Path) -> str:
-    return (folder / "config.json").read_text(encoding="utf-8")
-
-
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="decotrain.train.worker")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--peer", required=True, help="name in logs, e.g. peer-2")
-    parser.add_argument("--join", help="address of the coordinator")
-    parser.add_argument("--alone", action="store_true", help="train without a run")
-    parser.add_argument("--resume", type=Path, help="checkpoint to take the outer state from")
-    return parser.parse_args(arguments)
-
-
-def _stop(*_: object) -> None:
-    raise Stopped
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0: trained or stopped; 2: an error that says what to do; else a crash."""
-    end_with_parent()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's
-    asked = _arguments(arguments)
-    settings = parse(json.loads(_config_text(asked.folder)))
+def body(asked: argparse.Namespace, config: dict[str, Any], journal: Journal) -> None:
+    """What this peer's process does."""
+    settings = parse(config)
     torch.set_num_threads(settings.threads)
-    journal = Journal(asked.folder / f"{asked.peer}.jsonl")
-    try:
-        trainer = Trainer(settings, asked.folder, asked.peer, journal)
-        if asked.alone:
-            train_alone(trainer)
-            return 0
-        shared = {key: json.loads(_config_text(asked.folder))[key] for key in ("model", "outer")}
-        comm = join(
-            asked.join,
-            name=asked.peer,
-            run=settings.name,
-            config=shared,
-            min_peers=settings.peers,
-            listen=os.environ.get("DECOTRAIN_LISTEN", "127.0.0.1"),
-        )
-        try:
-            train_together(trainer, comm, asked.resume)
-        finally:  # an error of ours is no reason to let the others wait for a timeout
-            comm.leave(LEAVE_S)
-    except Stopped:
-        journal.write("stopped")
-    except Error as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    trainer = Trainer(settings, asked.folder, asked.peer, journal)
+    if asked.alone:
+        train_alone(trainer)
+        return
+    shared = {key: config[key] for key in ("model", "outer")}
+    with peer.joined(asked, settings.name, shared, settings.peers) as comm:
+        train_together(trainer, comm, asked.resume)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(peer.main("decotrain.train.worker", body))
