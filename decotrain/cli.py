@@ -1,4 +1,4 @@
-"""The command line: `decotrain train`, `finetune`, `compare`, `run`, `plan` and those of operate.py.
+"""The command line: `decotrain train`, `finetune`, `run` and others; operate.py has the rest.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
 input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
