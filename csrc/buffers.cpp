@@ -19,7 +19,7 @@ constexpr std::size_t kAlign = 64;
 constexpr std::size_t kPooledFrom = 32 << 10;  // smaller ones are malloc's business
 constexpr std::size_t kHugeFrom = std::size_t{4} << 20;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-constexpr std::size_t kForgetAfter = 1024;  // allocations until an old peak counts for nothing
+constexpr std::size_t kForgetAfter = 16384;  // allocations until an old peak counts for nothing
 
 // At most 1/8 above what was asked for, so that few classes serve rounds of similar size.
 std::size_t size_class(std::size_t bytes) {
@@ -79,18 +79,19 @@ class Pool {
   }
 
  private:
-  // Small classes go last: they are the ones in use all the time.
+  // Large ones first, but none larger than the surplus: a few small blocks too many must not cost
+  // the one that the next round needs.
   void trim(std::vector<std::pair<std::byte*, std::size_t>>& surplus) {
     // With room to spare: the peak fades a little between two rounds that are just alike.
-    while (in_use_ + free_bytes_ > peak_ + peak_ / 4 && free_bytes_ > 0) {
-      auto largest = std::prev(free_.end());
-      if (largest->second.empty()) {
-        free_.erase(largest);
-        continue;
+    const std::size_t allowed = peak_ + peak_ / 4;
+    for (auto it = free_.end(); it != free_.begin() && in_use_ + free_bytes_ > allowed;) {
+      auto& [size, blocks] = *--it;
+      while (!blocks.empty() && in_use_ + free_bytes_ >= allowed + size) {
+        surplus.emplace_back(blocks.back(), size);
+        blocks.pop_back();
+        free_bytes_ -= size;
       }
-      surplus.emplace_back(largest->second.back(), largest->first);
-      largest->second.pop_back();
-      free_bytes_ -= largest->first;
+      if (blocks.empty()) it = free_.erase(it);
     }
   }
 

@@ -131,7 +131,7 @@ void Impl::end(Round& round, Outcome outcome) {
     // Our caller may still wait for this number from a branch that became void.
     const bool waited = tag.results.count(round.seq) != 0;
     RoundResult& result = tag.results[round.seq];
-    result = round.result(outcome, view.id);
+    result = round.result(outcome, view.id, roles.self);
     result.begun = round.begun || waited;
     if (outcome == Outcome::stable) event(EventKind::stable, round, 0, "");
   }

@@ -53,7 +53,7 @@ struct OutFrame {
 struct Snapshot {
   const std::byte* bytes = nullptr;  // encoded contribution, chunk after chunk
   std::shared_ptr<const void> keep;
-  bool finite = true;  // false: not looked at yet (a large borrowed buffer), see Impl::may_send
+  bool finite = true;  // false: not looked at yet (a large borrowed buffer), see Round::withdrawn
 };
 
 struct BeginArgs {
@@ -85,7 +85,7 @@ struct RoundResult {
   std::vector<std::pair<std::uint8_t, PeerId>> peers;  // slot -> peer for every contributor
   std::shared_ptr<const void> keep;
   bool begun = true;       // false: we got it as an observer or newly active peer
-  bool withdrawn = false;  // our contribution turned out not to be finite: some chunks lack it
+  bool withdrawn = false;  // our contribution was not finite: chunks that showed it lack it
 };
 
 enum class EventKind : std::uint8_t {

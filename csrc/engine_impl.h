@@ -110,7 +110,6 @@ struct Engine::Impl {
   void try_combine(Round& round, std::uint32_t chunk, double now);
   void try_combine_all(Round& round, double now);
   void combine_without_bad(Round& round, std::uint32_t chunk);
-  void withdraw(Round& round);
   void check_complete(Round& round, double now);
   void check_stable(Round& round);
   void name_diverged(Round& round);
@@ -128,7 +127,6 @@ struct Engine::Impl {
   bool make_frame(const Member& to, const Outgoing& what, OutFrame& frame);
   bool make_control(const Member& to, const Outgoing& what, Round& round, OutFrame& frame);
   bool make_chunk(const Member& to, const Outgoing& what, Round& round, OutFrame& frame);
-  bool may_send(Round& round, std::uint32_t chunk);
   bool make_old_done(const Outgoing& what, OutFrame& frame);
   void on_link_reset(PeerId peer);
 

@@ -221,7 +221,17 @@ std::uint64_t Round::compute_digest() const {
   return decotrain::digest(bytes);
 }
 
-RoundResult Round::result(Outcome outcome, ViewId view) const {
+bool Round::withdrawn(std::uint8_t self) const {
+  if (!contributes || snapshot.finite) return false;
+  for (std::uint32_t c = 0; c < chunks.size(); ++c) {
+    // Lacking ours, it may also have been waived.
+    if ((chunks[c].contributors & bit(self)) != 0) continue;
+    if (!valid(spec.contribution, contribution(c), chunk_elements(spec, c))) return true;
+  }
+  return false;
+}
+
+RoundResult Round::result(Outcome outcome, ViewId view, std::uint8_t self) const {
   RoundResult out;
   out.tag = tag;
   out.seq = seq;
@@ -230,8 +240,8 @@ RoundResult Round::result(Outcome outcome, ViewId view) const {
   out.view = view;
   out.digest = digest;
   out.begun = begun;
-  out.withdrawn = withdrawn;
   if (outcome != Outcome::stable) return out;
+  out.withdrawn = withdrawn(self);
   auto keep = std::make_shared<ResultKeep>();
   keep->results = results;
   SlotMask all = 0;

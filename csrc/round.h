@@ -55,7 +55,6 @@ struct Chunk {
   // As contributor.
   bool owner_has_ours = false;
   bool contribution_queued = false;
-  bool contribution_finite = false;
   SlotMask result_queued = 0;
 
   // The place in the round's result buffer: written once, by one receiver at a time.
@@ -92,7 +91,6 @@ struct Round {
   bool planned = false;  // owners come from a plan, not from the view
   bool contributes = false;
   bool skips = false;
-  bool withdrawn = false;  // contributed until a value was found that is not finite
   bool stable_by_plan = false;
   std::uint64_t plan_digest = 0;  // what the round's digest must be, if stable by plan
   bool settled = false;           // stable, lost or left: waits to be handed over
@@ -147,7 +145,9 @@ struct Round {
   SlotMask drop_not_finite(std::uint32_t chunk);
   void set_empty(std::uint32_t chunk, ViewId view);
   std::uint64_t compute_digest() const;
-  RoundResult result(Outcome outcome, ViewId view) const;
+  // Did an owner refuse a chunk of ours because of a value that `begin` had not looked at?
+  bool withdrawn(std::uint8_t self) const;
+  RoundResult result(Outcome outcome, ViewId view, std::uint8_t self) const;
   RoundReport report() const;
 };
 

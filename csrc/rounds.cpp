@@ -88,29 +88,10 @@ void Impl::combine_without_bad(Round& round, std::uint32_t c) {
     if ((bad & bit(one.slot)) == 0) continue;
     event(EventKind::refused, round, one.peer, "chunk " + std::to_string(c) + " is not finite");
   }
-  if ((bad & bit(roles.self)) != 0) withdraw(round);
   if (bad != 0 && round.combine_chunk(c, roles, view.id)) return;
   round.set_empty(c, view.id);
   event(EventKind::refused, round, self,
         "the combined value of chunk " + std::to_string(c) + " is not finite: left empty");
-}
-
-// From now on we skip: what of ours is not counted yet never will be.
-void Impl::withdraw(Round& round) {
-  if (!round.contributes) return;
-  round.contributes = false;
-  round.skips = true;
-  round.withdrawn = true;
-  round.skipped |= bit(roles.self);
-  SlotMask owners = 0;
-  for (Chunk& chunk : round.chunks) {
-    if (chunk.held) continue;
-    owners |= bit(chunk.owner);
-    std::erase_if(chunk.contributions, [this](const auto& one) { return one.slot == roles.self; });
-    chunk.received &= ~bit(roles.self);
-  }
-  say_to_all({.type = FrameType::contribution, .skip = true, .tag = round.tag, .seq = round.seq},
-             owners);
 }
 
 void Impl::try_combine_all(Round& round, double now) {

@@ -6,11 +6,8 @@
 #include <limits>
 #include <stdexcept>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "buffers.h"
+#include "codec/kernels.h"
 
 namespace decotrain {
 namespace {
@@ -33,36 +30,13 @@ void for_pieces(const Segments& segments, std::size_t first, std::size_t count, 
 
 // Buffers above this do not fit a cache; writing them past it saves reading them first.
 constexpr std::size_t kStreamBytes = std::size_t{8} << 20;
-// Borrowed buffers above this are looked at for NaN as they are sent.
+// Borrowed buffers above this are not looked through for NaN: a pass of its own over memory would
+// cost a tenth of the round.
 constexpr std::size_t kLookLaterBytes = std::size_t{2} << 20;
 
 // Copies floats past the cache; false when one is not finite.
-bool copy_past_cache(const std::byte* from, std::byte* to, std::size_t elements) {
-#if defined(__SSE2__)
-  const auto aligned = [](const std::byte* p) {
-    return reinterpret_cast<std::uintptr_t>(p) % sizeof(__m128i) == 0;
-  };
-  constexpr std::size_t kLine = 16;  // floats
-  const std::size_t lines = aligned(to) ? elements / kLine : 0;
-  // An exponent of all ones, and nothing else, carries into the highest bit.
-  const __m128i magnitude = _mm_set1_epi32(0x7fffffff);
-  const __m128i one = _mm_set1_epi32(0x00800000);
-  __m128i seen = _mm_setzero_si128();
-  for (std::size_t i = 0; i < lines; ++i, from += 64, to += 64) {
-    const auto* in = reinterpret_cast<const __m128i*>(from);
-    auto* out = reinterpret_cast<__m128i*>(to);
-    for (int k = 0; k < 4; ++k) {
-      const __m128i value = _mm_loadu_si128(in + k);
-      seen = _mm_or_si128(seen, _mm_add_epi32(_mm_and_si128(value, magnitude), one));
-      _mm_stream_si128(out + k, value);
-    }
-  }
-  _mm_sfence();
-  elements -= lines * kLine;
-  if (_mm_movemask_ps(_mm_castsi128_ps(seen)) != 0) return false;
-#endif
-  std::memcpy(to, from, elements * sizeof(float));
-  return valid(Codec::f32, to, elements);
+bool copy_past_cache(std::span<const float> from, std::byte* to) {
+  return kernels().stream_f32(from.data(), from.size(), reinterpret_cast<float*>(to));
 }
 
 // The floats themselves when one f32 segment covers the span.
@@ -149,9 +123,8 @@ Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const 
       for (std::size_t k = 0; k < n; ++k) sum[k] = values[k] + kept[k];
       values = sum;
     }
-    const bool encoded = past_cache
-                             ? copy_past_cache(std::as_bytes(values).data(), out.get() + at, n)
-                             : encode(spec.contribution, values, out.get() + at);
+    const bool encoded = past_cache ? copy_past_cache(values, out.get() + at)
+                                    : encode(spec.contribution, values, out.get() + at);
     if (!encoded) {
       throw NotFinite{first_not_finite(segments)};
     }
@@ -190,7 +163,8 @@ void decode_segments(const RoundResult& result, const Segments& segments) {
     if (result.chunk_bytes[i] == 0) {
       std::fill(values.begin(), values.end(), 0.0f);
     } else if (!(past_cache && here != nullptr
-                     ? copy_past_cache(result.chunks[i], reinterpret_cast<std::byte*>(here), n)
+                     ? copy_past_cache({reinterpret_cast<const float*>(result.chunks[i]), n},
+                                       reinterpret_cast<std::byte*>(here))
                      : decode(result.spec.result, result.chunks[i], values))) {
       throw std::runtime_error("chunk " + std::to_string(i) + " of the result cannot be decoded");
     }

@@ -35,9 +35,9 @@ bool scatter(const Segments& segments, std::size_t first, std::span<const float>
 std::size_t first_not_finite(const Segments& segments);
 
 // The encoded contribution. Throws NotFinite. With `borrow` the bytes of one f32 segment are used
-// in place when the codec allows; large ones are not looked at here (Snapshot::finite). `residual`
-// (f32, empty or of the same length) is error feedback: x = segments + residual is encoded,
-// residual = x - decode(encode(x)).
+// in place when the codec allows; large ones are not looked through here (Snapshot::finite).
+// `residual` (f32, empty or of the same length) is error feedback: x = segments + residual is
+// encoded, residual = x - decode(encode(x)).
 Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const Segments& residual,
                          bool borrow, const std::shared_ptr<const void>& owner);
 

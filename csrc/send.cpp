@@ -153,25 +153,11 @@ bool Impl::make_chunk(const Member& to, const Outgoing& what, Round& round, OutF
   }
   chunk.contribution_queued = false;
   if (!round.contributes || chunk.held || chunk.owner != to.slot) return false;
-  if (!may_send(round, what.chunk)) return false;
   frame.payload = round.contribution(what.chunk);
   frame.header.payload_bytes = static_cast<std::uint32_t>(round.contribution_bytes(what.chunk));
   frame.header.a = std::bit_cast<std::uint64_t>(round.weight);
   frame.keep = round.snapshot.keep;
   return true;
-}
-
-// A large borrowed buffer is looked at piece by piece, when the kernel is about to copy the piece:
-// a pass of its own over memory would cost a tenth of the round.
-bool Impl::may_send(Round& round, std::uint32_t c) {
-  Chunk& chunk = round.chunks[c];
-  if (round.snapshot.finite || chunk.contribution_finite) return true;
-  chunk.contribution_finite =
-      valid(round.spec.contribution, round.contribution(c), chunk_elements(round.spec, c));
-  if (chunk.contribution_finite) return true;
-  event(EventKind::refused, round, self, "chunk " + std::to_string(c) + " is not finite: not sent");
-  withdraw(round);
-  return false;
 }
 
 bool Impl::make_control(const Member& to, const Outgoing& what, Round& round, OutFrame& frame) {

@@ -172,7 +172,7 @@ class Result:
     @property
     def withdrawn(self) -> bool:
         """
-        The borrowed buffer holds NaN or infinity: some or all chunks lack our contribution.
+        The borrowed buffer holds NaN or infinity; chunks that show it lack our contribution.
         """
 
     @property

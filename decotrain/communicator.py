@@ -145,8 +145,8 @@ class Communicator:
 
         The values are encoded before this returns, so the tensors may be written to at once
         (unless borrowed). NaN or Inf raises NotFiniteError naming the tensor; the round is then
-        skipped (weight 0) so that nobody waits for us. (A borrowed tensor above 2 MiB is looked at
-        while it is sent, so for it `wait()` raises, and some chunks may have our contribution.)
+        skipped (weight 0) so that nobody waits for us. (In a borrowed tensor above 2 MiB they are
+        found where the round is combined: then `wait()` raises, and other chunks have our values.)
         """
         given = tn.listed(tensors)
         places = tn.listed(out) if out is not None else given

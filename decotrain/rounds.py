@@ -116,14 +116,14 @@ class Work:
         return comm._result(held, self._out)
 
     def _withdrawn(self) -> None:
-        """A borrowed tensor was found not to be finite while it was being sent."""
+        """Chunks of a borrowed tensor were refused by their owners: they are not finite."""
         skipped = self.comm._shared.skipped.setdefault(self.tag, [])
         if not self._told:
             skipped.append(self._work)  # its result is missed, like that of a round begun with NaN
         self._told = True
         raise NotFiniteError(
-            f"round of tag {self.tag}: tensor 0 contains NaN or infinity; our contribution is"
-            " withdrawn, the others go on without it"
+            f"round of tag {self.tag}: tensor 0 contains NaN or infinity; the chunks that hold it were"
+            " refused, the others go on without them"
         )
 
 

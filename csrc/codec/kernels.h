@@ -38,6 +38,8 @@ struct Kernels {
   // in one pass. False: a value of `out` is NaN or infinite.
   bool (*combine_f32)(const float* const* from, const float* weights, std::size_t count,
                       float factor, std::size_t elements, float* out);
+  // Copies past the cache, for what is not read again soon. False: a value is NaN or infinite.
+  bool (*stream_f32)(const float* values, std::size_t elements, float* out);
 };
 
 extern const Kernels kScalarKernels;

@@ -5,6 +5,7 @@
 // merged by the linker. For the same reason no standard algorithm is used.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include "codec/kernels.h"
@@ -466,6 +467,28 @@ bool combine_f32_with(const float* const* from, const float* weights, std::size_
 }
 
 template <typename V>
+bool stream_f32_with(const float* values, std::size_t elements, float* out) {
+  u32 rest = 0;
+  std::size_t i = 0;
+  const auto one = [&] {
+    const u32 m = magnitude(values[i]);
+    rest = m > rest ? m : rest;
+    out[i] = values[i];
+    ++i;
+  };
+  while (i < elements && reinterpret_cast<std::uintptr_t>(out + i) % 64 != 0) one();
+  auto largest = V::set(0u);
+  for (; i + 16 <= elements; i += 16) {
+    const auto value = V::load(values + i);
+    largest = V::max(largest, V::both(V::bits(value), V::set(kMagnitude)));
+    V::stream(out + i, value);
+  }
+  V::fence();
+  while (i < elements) one();
+  return V::largest(largest) < kInfinity && rest < kInfinity;
+}
+
+template <typename V>
 constexpr Kernels make_kernels() noexcept {
   return {{encode_with<V, F32>, encode_with<V, Bf16>, encode_with<V, F16>, encode_with<V, Int8>,
            encode_with<V, E2m1>, encode_with<V, E3m0>, encode_with<V, Int2>},
@@ -474,7 +497,8 @@ constexpr Kernels make_kernels() noexcept {
           {accumulate_with<V, F32>, accumulate_with<V, Bf16>, accumulate_with<V, F16>,
            accumulate_with<V, Int8>, accumulate_with<V, E2m1>, accumulate_with<V, E3m0>,
            accumulate_with<V, Int2>},
-          combine_f32_with<V>};
+          combine_f32_with<V>,
+          stream_f32_with<V>};
 }
 
 }  // namespace

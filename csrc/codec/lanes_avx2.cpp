@@ -26,6 +26,11 @@ struct Avx2 {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
   }
+  static void stream(float* p, F x) {  // p: a multiple of 32 bytes
+    _mm256_stream_ps(p, x.a);
+    _mm256_stream_ps(p + 8, x.b);
+  }
+  static void fence() { _mm_sfence(); }
   static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static I set(u32 x) {
     const __m256i v = _mm256_set1_epi32(static_cast<int>(x));

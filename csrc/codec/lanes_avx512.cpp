@@ -16,6 +16,8 @@ struct Avx512 {
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void stream(float* p, F x) { _mm512_stream_ps(p, x); }  // p: a multiple of 64 bytes
+  static void fence() { _mm_sfence(); }
   static F set(float x) { return _mm512_set1_ps(x); }
   static I set(u32 x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

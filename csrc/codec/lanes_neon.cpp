@@ -34,6 +34,8 @@ struct Neon {
   static void store(float* p, F x) {
     for (int k = 0; k < 4; ++k) vst1q_f32(p + 4 * k, x.v[k]);
   }
+  static void stream(float* p, F x) { store(p, x); }  // no instruction for it is in arm_neon.h
+  static void fence() {}
   static F set(float x) { DT_EACH(F, vdupq_n_f32(x)); }
   static I set(u32 x) { DT_EACH(I, vdupq_n_u32(x)); }
   static F mul(F x, F y) { DT_EACH(F, vmulq_f32(x.v[k], y.v[k])); }

@@ -279,6 +279,11 @@ bool combine_f32(const float* const* from, const float* weights, std::size_t cou
   return finite;
 }
 
+bool stream_f32(const float* values, std::size_t elements, float* out) {
+  if (elements > 0) std::memcpy(out, values, elements * sizeof(float));
+  return absmax(values, elements) < kInfinity;
+}
+
 }  // namespace
 
 const Kernels kScalarKernels = {
@@ -287,6 +292,7 @@ const Kernels kScalarKernels = {
     {decode_f32, decode_bf16, decode_f16, decode_int8, decode_e2m1, decode_e3m0, decode_int2},
     {accumulate_f32, accumulate_bf16, accumulate_f16, accumulate_int8, accumulate_e2m1,
      accumulate_e3m0, accumulate_int2},
-    combine_f32};
+    combine_f32,
+    stream_f32};
 
 }  // namespace decotrain

@@ -73,7 +73,7 @@ struct SocketOptions {
   std::size_t tcp_notsent_bytes = std::size_t{512} << 10;  // what waits unsent in the kernel,
   std::size_t long_notsent_bytes = 64 << 10;               // on a long path
   std::size_t local_buffer_bytes = 256 << 10;  // within a host: small enough to stay in cache
-  std::size_t unix_buffer_bytes = std::size_t{2} << 20;
+  std::size_t unix_buffer_bytes = 512 << 10;
   double user_timeout_s = 30.0;
 };
 

@@ -176,7 +176,9 @@ Moved Mesh::fill_payload(Stream& s) {
   parts[1] = {s.staging.get(), kStagingBytes};
   const std::size_t body = parts[0].iov_len;
   const bool with_staging = body == left;
-  const std::size_t wanted = body + (with_staging ? kStagingBytes : 0);
+  // Behind a large frame comes another: its header, and no payload that would be copied twice.
+  parts[1].iov_len = body >= kLargeFrameBytes ? kHeaderBytes : kStagingBytes;
+  const std::size_t wanted = body + (with_staging ? parts[1].iov_len : 0);
   const Moved moved = s.channel.read(parts.data(), with_staging ? 2 : 1);
   s.in_got += std::min(body, moved.bytes);
   if (moved.bytes > body) s.staged_to = moved.bytes - body;
@@ -267,12 +269,14 @@ void Mesh::wrote(Stream& s, std::size_t bytes, Clock at) {
   }
 }
 
-// Takes frames for an empty stream: one large one, or small ones up to a bound.
+// Takes frames for an empty stream: one large one, or small ones up to a bound. Within a host no
+// other stream would be faster, so there as many as one system call moves.
 bool Mesh::refill(Stream& s) {
   Link* link = link_of(s.peer);
   if (link == nullptr) return false;
   std::size_t bytes = 0;
-  while (s.out.size() < kFramesPerWrite && bytes < kGatherBytes) {
+  const std::size_t enough = s.local ? options_.io_bytes : kGatherBytes;
+  while (s.out.size() < kFramesPerWrite && bytes < enough) {
     Stream::Out out;
     if (!next_for(*link, out.frame)) break;
     write(out.frame.header, out.header);

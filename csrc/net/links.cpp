@@ -208,7 +208,8 @@ void Mesh::suit_path(Link& link, Stream& s) {
   if (rtt_s >= kGrowthMinRtt_s) s.channel.limit_unsent(options_.socket.long_notsent_bytes);
   // Megabytes between two sockets of one host leave the cache on their way (measured: a quarter
   // of the processor time of a large round).
-  if (!s.channel.is_unix() && s.channel.same_host()) {
+  s.local = s.channel.same_host();
+  if (!s.channel.is_unix() && s.local) {
     s.channel.limit_in_flight(options_.socket.local_buffer_bytes);
   }
   link.fears_loss = s.channel.fears_loss();

@@ -56,6 +56,8 @@ struct Stream {
   bool in_relay = false;  // to be forwarded
   std::size_t in_got = 0;
 
+  bool local = false;  // within this host
+
   // writing
   bool writable = false;
   bool blocked = false;  // the kernel took less than offered, and has not said it has room since

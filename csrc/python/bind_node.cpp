@@ -352,7 +352,7 @@ void bind_results(nb::module_& m) {
       .def_prop_ro("begun", [](const Held& h) { return h.result->begun; })
       .def_prop_ro(
           "withdrawn", [](const Held& h) { return h.result->withdrawn; },
-          "The borrowed buffer holds NaN or infinity: some or all chunks lack our contribution.")
+          "The borrowed buffer holds NaN or infinity; chunks that show it lack our contribution.")
       .def_prop_ro("outcome", [](const Held& h) { return outcome_name(h.result->outcome); })
       .def_prop_ro("elements", [](const Held& h) { return h.result->spec.elements; })
       .def_prop_ro(

@@ -211,7 +211,7 @@ TEST_CASE("a NaN is left out and its sender named; the round goes on without it"
   for (const float value : decoded(result)) CHECK(std::isfinite(value));
 }
 
-TEST_CASE("a borrowed buffer that is not finite is withdrawn when it is found") {
+TEST_CASE("a borrowed buffer that is not finite is found by the owner, and its lender told") {
   for (const std::size_t where : {5, 70, 150, 199}) {  // own chunk and others'
     CAPTURE(where);
     Group group(3);
@@ -231,17 +231,17 @@ TEST_CASE("a borrowed buffer that is not finite is withdrawn when it is found") 
     CHECK_FALSE(theirs.withdrawn);
     CHECK(mine.digest == theirs.digest);
     CHECK(theirs.contributors[where / 64] == 6);
-    for (const float value : decoded(theirs)) CHECK((value == 6.0f || value == 7.0f));
+    const std::vector<float> values = decoded(theirs);
+    for (std::size_t e = 0; e < 200; ++e) CHECK(values[e] == (e / 64 == where / 64 ? 6.0f : 7.0f));
     std::size_t named = 0;
-    for (const Event& event : group.engines[0]->take_events()) {
-      if (event.kind != EventKind::refused) continue;
-      ++named;
-      CHECK(event.peer == 100);
+    for (auto& engine : group.engines) {
+      for (const Event& event : engine->take_events()) {
+        if (event.kind != EventKind::refused) continue;
+        ++named;
+        CHECK(event.peer == 100);
+      }
     }
     CHECK(named == 1);
-    for (const Event& event : group.engines[1]->take_events()) {
-      CHECK(event.kind != EventKind::refused);  // it was not even sent
-    }
   }
 }
 

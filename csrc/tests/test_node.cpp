@@ -8,6 +8,7 @@
 #include <limits>
 #include <thread>
 
+#include "buffers.h"
 #include "node.h"
 #include "segments.h"
 #include "simd.h"
@@ -224,6 +225,23 @@ TEST_CASE("a large buffer comes and goes past the cache with the same bits") {
     room[offset + n - 1] = std::numeric_limits<float>::quiet_NaN();
     CHECK_THROWS_AS(encode_segments(spec, segments, {}, false, {}), NotFinite);
   }
+}
+
+TEST_CASE("a surplus of small blocks does not cost the pool its large one") {
+  constexpr std::size_t kLarge = std::size_t{128} << 20, kSmall = 256 << 10;
+  {
+    const auto large = allocate(kLarge);
+    std::vector<std::shared_ptr<std::byte[]>> small;
+    for (int i = 0; i < 200; ++i) small.push_back(allocate(kSmall));
+  }
+  // Rounds that need few small blocks at once, until the peak of 200 is forgotten.
+  for (int round = 0; round < 10; ++round) {
+    const std::size_t free_before = pool_figures().free_bytes;
+    const auto large = allocate(kLarge);
+    CHECK(free_before - pool_figures().free_bytes >= kLarge);
+    for (int i = 0; i < 5000; ++i) (void)allocate(kSmall);
+  }
+  CHECK(pool_figures().free_bytes < kLarge + kLarge / 3);  // what was surplus is gone
 }
 
 TEST_CASE("the digest is the same at every SIMD level") {
