@@ -19,6 +19,7 @@ SUITES = {
     "codecs": ("bench.codecs", "encode, decode and combine against torch and memcpy"),
     "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
+    "spsa_learning": ("bench.spsa_learning", "fine-tuning with SPSA: 4 peers, 1 peer, float32"),
     "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),
     "join": ("bench.join", "a newcomer fetches a live run's state, and what the others notice"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),

@@ -190,10 +190,13 @@ class SPSA:
 
     # --- measuring
 
-    def measure(self, step: int, loss_fn: LossFn) -> tuple[float, list[float]]:
-        """This peer's scalars for a step, and the mean loss; changes nothing."""
+    def measure(
+        self, step: int, loss_fn: LossFn, slot: int | None = None
+    ) -> tuple[float, list[float]]:
+        """The scalars of a slot (None: ours) for a step, and the mean loss; changes nothing."""
         recipe = self.recipe
-        slot = 0 if self.comm is None else int(self.comm.slot)
+        if slot is None:
+            slot = 0 if self.comm is None else int(self.comm.slot)
         losses: list[Any] = []
         with self._measuring() as rewind:
             if not self._probed:
