@@ -24,6 +24,7 @@ SUITES = {
     "join": ("bench.join", "a newcomer fetches a live run's state, and what the others notice"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
+    "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
     "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),
 }
 
