@@ -122,8 +122,8 @@ class Work:
             skipped.append(self._work)  # its result is missed, like that of a round begun with NaN
         self._told = True
         raise NotFiniteError(
-            f"round of tag {self.tag}: tensor 0 contains NaN or infinity; the chunks that hold it were"
-            " refused, the others go on without them"
+            f"round of tag {self.tag}: tensor 0 contains NaN or infinity; the chunks that hold"
+            " it were refused, the others go on without them"
         )
 
 
