@@ -36,6 +36,7 @@ class Asked:
     token: Token | None  # None: whoever reaches us may talk
     fingerprint: int  # what peers of one run have in common
     listen: list[str]  # of the data plane
+    tls_key: bytes  # of the data plane; empty without a token
     advertise: list[str]  # what others are told instead of the TCP addresses we listen on
     server: ServerThread | None  # our own coordinator, in a run of one
 
@@ -82,7 +83,8 @@ def ask(
     if address == "local":
         server = ServerThread(Options(run=run, min_peers=1), token=token)
         address = server.address
-    return Asked(address, who, token, fingerprint(run, token), places, told, server)
+    key = token.data_key(run) if token is not None else b""
+    return Asked(address, who, token, fingerprint(run, token), places, key, told, server)
 
 
 def fingerprint(run: str, token: Token | None) -> int:

@@ -22,6 +22,12 @@ base_python=${DECOTRAIN_PYTHON:-python3}
 
 # --- packages of the system
 
+missing_openssl() {
+  local header=/usr/include/openssl/ssl.h
+  echo "#include <openssl/ssl.h>" | c++ -x c++ -fsyntax-only - 2>/dev/null || [ -e "$header" ] ||
+    echo libssl-dev
+}
+
 missing_packages() {
   local probe
   command -v "$base_python" >/dev/null || { echo python3 python3-venv python3-dev; return; }
@@ -30,6 +36,7 @@ missing_packages() {
 raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
   "$base_python" -c "$probe" || echo python3-dev
   command -v g++ >/dev/null || echo g++
+  missing_openssl
   if [ "$level" = dev ]; then
     echo '#include <doctest/doctest.h>' | g++ -x c++ -fsyntax-only - 2>/dev/null || echo doctest-dev
   fi
@@ -104,8 +111,8 @@ once() {  # stage name, key, command: runs the command unless it succeeded with 
 
 mapfile -t packages < <(missing_packages)
 if [ "$level" = fuzz ]; then
-  packages=()
-  have_fuzzer || packages=(clang-19 libclang-rt-19-dev)
+  mapfile -t packages < <(missing_openssl)
+  have_fuzzer || packages+=(clang-19 libclang-rt-19-dev)
 fi
 if [ ${#packages[@]} -gt 0 ]; then stage "system packages: ${packages[*]}"; fi
 install_packages "${packages[@]}"

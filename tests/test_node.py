@@ -29,8 +29,10 @@ def plan(nodes: list[_core.Node]) -> dict[str, Any]:
 
 
 @contextmanager
-def team(count: int, listen: tuple[str, ...] = ("unix://",)) -> Iterator[list[_core.Node]]:
-    nodes = [_core.Node(10 + i, list(listen), run_fingerprint=5) for i in range(count)]
+def team(
+    count: int, listen: tuple[str, ...] = ("unix://",), key: bytes = b""
+) -> Iterator[list[_core.Node]]:
+    nodes = [_core.Node(10 + i, list(listen), run_fingerprint=5, tls_key=key) for i in range(count)]
     try:
         everybody = [(n.peer, i, n.addresses) for i, n in enumerate(nodes)]
         for node in nodes:
@@ -53,6 +55,22 @@ def results(works: list[_core.Work]) -> list[_core.Result]:
         out.append(result)
     assert len({r.digest for r in out}) == 1
     return out
+
+
+def test_a_round_through_tls() -> None:
+    with team(3, ("tcp://127.0.0.1:0",), bytes(range(32))) as nodes:
+        arrays = [np.full(300_000, float(i), np.float32) for i in range(3)]
+        works = [n.begin([a]) for n, a in zip(nodes, arrays, strict=True)]
+        for result, array in zip(results(works), arrays, strict=True):
+            result.decode_into([array])
+            assert (array == 1.0).all()
+        for node in nodes:
+            assert all(link["tls"] and not link["unix"] for link in node.links())
+
+
+def test_a_key_has_one_size() -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        _core.Node(1, [], run_fingerprint=5, tls_key=b"short")
 
 
 def test_a_mean_in_place() -> None:

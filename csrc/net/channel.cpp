@@ -46,6 +46,7 @@ void Fd::reset(int fd) {
 }
 
 Moved Channel::read(iovec* parts, int count) {
+  if (tls_ != nullptr) return tls_->read(parts, count);
   ssize_t n = 0;
   do {
     n = ::readv(fd_.get(), parts, count);
@@ -54,6 +55,7 @@ Moved Channel::read(iovec* parts, int count) {
 }
 
 Moved Channel::write(iovec* parts, int count) {
+  if (tls_ != nullptr) return tls_->write(parts, count);
   msghdr message{};
   message.msg_iov = parts;
   message.msg_iovlen = static_cast<std::size_t>(count);
@@ -65,9 +67,10 @@ Moved Channel::write(iovec* parts, int count) {
 }
 
 std::size_t Channel::unacknowledged_bytes() const {
+  const std::size_t held = tls_ == nullptr ? 0 : tls_->unsent_bytes();
   int value = 0;
-  if (ioctl(fd_.get(), SIOCOUTQ, &value) != 0 || value < 0) return 0;
-  return static_cast<std::size_t>(value);
+  if (ioctl(fd_.get(), SIOCOUTQ, &value) != 0 || value < 0) return held;
+  return held + static_cast<std::size_t>(value);
 }
 
 int Channel::pending_error() const {
@@ -95,6 +98,12 @@ bool Channel::fears_loss() const {
 
 void Channel::limit_unsent(std::size_t bytes) {
   set_int(fd_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, static_cast<int>(bytes));
+}
+
+bool Channel::same_user() const {
+  ucred far{};
+  socklen_t size = sizeof far;
+  return getsockopt(fd_.get(), SOL_SOCKET, SO_PEERCRED, &far, &size) == 0 && far.uid == geteuid();
 }
 
 bool Channel::same_host() const {

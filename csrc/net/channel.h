@@ -1,15 +1,17 @@
-// Channel: the bytes of one connection. Non-blocking reads and writes, and the socket options that
-// go with them. It knows nothing of frames; TLS will sit here and nowhere else.
+// Channel: the bytes of one connection. Non-blocking reads and writes, plain or through TLS, and
+// the socket options that go with them. It knows nothing of frames.
 #pragma once
 
 #include <sys/uio.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 
 #include "net/address.h"
+#include "net/tls.h"
 
 namespace decotrain::net {
 
@@ -50,11 +52,24 @@ class Channel {
   int fd() const { return fd_.get(); }
   bool is_unix() const { return is_unix_; }
   explicit operator bool() const { return static_cast<bool>(fd_); }
-  void close() { fd_.reset(); }
+  void close() {
+    tls_.reset();
+    fd_.reset();
+  }
+  // From now on all bytes go through TLS, made for this descriptor.
+  void secure(std::unique_ptr<Tls> tls) { tls_ = std::move(tls); }
+  bool secured() const { return tls_ != nullptr; }
+  // False when a key was agreed with another peer or for another stream.
+  bool vouches_for(std::uint64_t peer, std::uint64_t stream) const {
+    return tls_ == nullptr || tls_->vouches_for(peer, stream);
+  }
+  bool same_user() const;  // at the other end of a Unix socket
 
   Moved read(iovec* parts, int count);
   Moved write(iovec* parts, int count);
-  // Bytes given to the kernel that the other side has not taken yet (TCP: not acknowledged).
+  // What a write took and has not given to the kernel yet. Blocked: there is no room.
+  Moved flush() { return tls_ == nullptr ? Moved{} : tls_->flush(); }
+  // Bytes written that the other side has not taken yet (TCP: not acknowledged).
   std::size_t unacknowledged_bytes() const;
   int pending_error() const;  // result of a non-blocking connect
   double rtt_s() const;       // as the kernel measures it, from the handshake on; 0: unknown
@@ -67,6 +82,7 @@ class Channel {
  private:
   Fd fd_;
   bool is_unix_ = false;
+  std::unique_ptr<Tls> tls_;
 };
 
 struct SocketOptions {

@@ -212,6 +212,14 @@ void Mesh::push_control(Stream& s, const Header& header) {
 }
 
 void Mesh::write_some(Stream& s, Clock at) {
+  if (!s.writable) return;
+  const Moved before = s.channel.flush();
+  if (before.failed) return close(s, std::strerror(before.error), at);
+  if (before.blocked) {
+    s.writable = false;
+    s.blocked = true;
+    return;
+  }
   for (int turn = 0; turn < kTurnsPerServe; ++turn) {
     if (!s.writable) return;
     if (s.out.empty() && !(s.live() && refill(s))) return;

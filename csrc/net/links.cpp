@@ -170,6 +170,9 @@ void Mesh::dial(Link& link, Clock at) {
   s.dialled = true;
   s.peer = link.peer;
   s.index = static_cast<std::uint32_t>(link.streams.size());
+  if (tls_ && !address->is_unix()) {
+    s.channel.secure(Tls::dial(*tls_, s.channel.fd(), s.peer, s.index));
+  }
   ++link.dialling;
 }
 
@@ -255,6 +258,7 @@ std::vector<LinkStats> Mesh::stats() const {
       const auto it = streams_.find(id);
       if (it == streams_.end()) continue;
       stats.is_unix = stats.is_unix || it->second->channel.is_unix();
+      stats.is_tls = stats.is_tls || it->second->channel.secured();
       stats.sent_bytes += it->second->sent_bytes;
       stats.received_bytes += it->second->received_bytes;
     }

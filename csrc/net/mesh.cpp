@@ -37,13 +37,16 @@ Clock Mesh::now() {
 Mesh::Mesh(PeerId self, const std::vector<std::string>& listen_to, MeshOptions options,
            MeshHandler handler)
     : self_(self),
-      options_(options),
+      options_(std::move(options)),
       handler_(std::move(handler)),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       wake_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)),
       discard_(kDiscardBytes),
       jitter_(self) {
+  if (!options_.tls_key.empty()) {
+    tls_ = std::make_unique<TlsContext>(options_.tls_key, options_.run_fingerprint, self_);
+  }
   if (!epoll_ || !wake_) throw std::runtime_error(system_error("cannot start the mesh", errno));
   epoll_event event{};
   event.events = EPOLLIN;
@@ -121,6 +124,8 @@ void Mesh::on_ready(std::uint64_t id, std::uint32_t events, Clock at) {
     connected(*s, at);
     if (s->state == Stream::State::closed) return;
   }
+  // TLS reads to write and writes to read: whatever happened, both may go on.
+  if (s->channel.secured()) s->readable = s->writable = true;
   // A frame that waits for a view would hide the end of its stream.
   if (s->paused && (events & (EPOLLHUP | EPOLLERR)) != 0) {
     close(*s, "closed by the other side", at);
@@ -183,6 +188,11 @@ void Mesh::accept_some(Listener& listener, Clock at) {
     Stream& s = add_stream(std::move(fd), listener.is_unix, at);
     s.origin = origin;
     strangers_.push_back(s.id);
+    if (listener.is_unix && !s.channel.same_user()) {
+      close(s, "a process of another user", at);
+    } else if (!listener.is_unix && tls_) {
+      s.channel.secure(Tls::accept(*tls_, s.channel.fd()));
+    }
   }
 }
 
@@ -217,6 +227,10 @@ void Mesh::connected(Stream& s, Clock at) {
     return;
   }
   if (!s.writable) return;
+  if (s.channel.is_unix() && !s.channel.same_user()) {
+    close(s, "a process of another user", at);
+    return;
+  }
   s.state = Stream::State::greeting;
   send_hello(s, at);
 }
@@ -262,6 +276,8 @@ void Mesh::check_hello(Stream& s, Clock at) {
     wrong = "meant for another peer";
   } else if (s.dialled && hello->b != s.peer) {
     wrong = "another peer answers at this address";
+  } else if (!s.channel.vouches_for(hello->b, hello->chunk)) {
+    wrong = "a hello of another peer than the one that showed the key";
   }
   if (!wrong.empty()) {
     emit(MeshEvent::Kind::stranger, s.dialled ? s.peer : (hello ? hello->b : 0), wrong);
@@ -296,7 +312,10 @@ void Mesh::opened(Stream& s, Clock at) {
   link.streams.push_back(s.id);
   suit_path(link, s);
   if (link.streams.size() == 1) {
-    emit(MeshEvent::Kind::link_up, link.peer, s.channel.is_unix() ? "unix" : "tcp");
+    emit(MeshEvent::Kind::link_up, link.peer,
+         s.channel.is_unix()   ? "unix"
+         : s.channel.secured() ? "tls"
+                               : "tcp");
     if (std::exchange(link.lost_frames, false)) handler_.on_link_reset(link.peer);
     for (auto& [peer, other] : links_) {
       if (other.via != link.peer || has_live(peer)) continue;

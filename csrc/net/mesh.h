@@ -4,8 +4,9 @@
 // It does not know rounds: what a frame means and where its payload goes is the handler's business.
 // It does not decide membership: `set_peers` tells it who exists. One thread calls everything.
 //
-// Security: the seam for TLS is Channel. Until a connection has shown a valid hello for this run it
-// owns 64 bytes of buffer and a place among a few, the oldest of which goes first.
+// Security: with a key, TCP is TLS (tls.h); Unix sockets are for processes of our own user. Until a
+// connection has shown a valid hello for this run it has a place among a few, the oldest of which
+// goes first.
 #pragma once
 
 #include <functional>
@@ -35,6 +36,7 @@ std::size_t streams_for(double rtt_s, bool fears_loss);
 
 struct MeshOptions {
   std::uint64_t run_fingerprint = 0;
+  std::string tls_key;          // kTlsKeyBytes; empty: TCP is plain
   std::size_t streams = 0;      // of one link; 0: as many as the path needs
   bool force_tcp = false;       // no Unix sockets (for benchmarks)
   double link_timeout_s = 5.0;  // no progress for this long: the stream is closed
@@ -77,6 +79,7 @@ struct LinkStats {
   PeerId peer = 0;
   bool up = false;
   bool is_unix = false;
+  bool is_tls = false;
   std::size_t streams = 0;
   std::uint64_t sent_bytes = 0, received_bytes = 0;
   double rtt_s = 0.0;     // 0: not measured yet
@@ -218,6 +221,7 @@ class Mesh {
   const PeerId self_;
   MeshOptions options_;
   MeshHandler handler_;
+  std::unique_ptr<TlsContext> tls_;  // outlives the streams
   Fd epoll_, wake_, spare_;
   std::vector<Listener> listeners_;
   std::vector<std::string> addresses_;

@@ -280,6 +280,7 @@ Map link_dict(const net::LinkStats& link) {
   out["peer"] = link.peer;
   out["up"] = link.up;
   out["unix"] = link.is_unix;
+  out["tls"] = link.is_tls;
   out["streams"] = link.streams;
   out["sent_bytes"] = link.sent_bytes;
   out["received_bytes"] = link.received_bytes;
@@ -291,9 +292,14 @@ Map link_dict(const net::LinkStats& link) {
 
 void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
                std::uint64_t run_fingerprint, std::size_t streams, bool force_tcp,
-               double link_timeout_s, double grace_s, double quorum, double done_bound_s) {
+               double link_timeout_s, double grace_s, double quorum, double done_bound_s,
+               const nb::bytes& tls_key) {
   NodeOptions options;
+  if (tls_key.size() != 0 && tls_key.size() != net::kTlsKeyBytes) {
+    throw nb::value_error("tls_key has 32 bytes, or none");
+  }
   options.mesh.run_fingerprint = run_fingerprint;
+  options.mesh.tls_key.assign(tls_key.c_str(), tls_key.size());
   options.mesh.streams = streams;
   options.mesh.force_tcp = force_tcp;
   options.mesh.link_timeout_s = link_timeout_s;
@@ -402,7 +408,7 @@ void bind_node(nb::module_& m) {
   nb::class_<Node> type(m, "Node", "A peer's rounds and links, on a thread of its own.");
   type.def("__init__", &make_node, "peer"_a, "listen"_a, "run_fingerprint"_a, nb::kw_only(),
            "streams"_a = 0, "force_tcp"_a = false, "link_timeout_s"_a = 5.0, "grace_s"_a = 0.0,
-           "quorum"_a = 1.0, "done_bound_s"_a = 0.0)
+           "quorum"_a = 1.0, "done_bound_s"_a = 0.0, "tls_key"_a = nb::bytes("", 0))
       .def_prop_ro("peer", &Node::self)
       .def_prop_ro("addresses", &Node::addresses)
       .def_prop_ro("event_fd", &Node::event_fd, "Readable while there are events.")
@@ -442,7 +448,7 @@ void bind_node(nb::module_& m) {
             }
             return list_of(links, link_dict);
           },
-          "One map for each link: peer, up, unix, streams, bytes, rtt_s, rate_bps, via.")
+          "One map for each link: peer, up, unix, tls, streams, bytes, rtt_s, rate_bps, via.")
       .def("close", &Node::close, Guard());
   bind_state(type);
 }

@@ -10,13 +10,16 @@ namespace decotrain::net {
 namespace {
 
 const std::vector<std::string> kTcp4 = {"tcp://127.0.0.1:0"};
+const std::string kKey(kTlsKeyBytes, 'k');
 const std::vector<std::string> kUnixOnly = {"unix://"};
 
-void exchange(const std::vector<std::string>& listen, std::size_t streams, bool unix_expected) {
+void exchange(const std::vector<std::string>& listen, std::size_t streams, bool unix_expected,
+              const std::string& key = "") {
   MeshOptions options = fast_options();
   options.link_timeout_s = 10.0;  // a busy machine is no dead link: frames would be lost with it
   options.handshake_timeout_s = 10.0;
   options.streams = streams;
+  options.tls_key = key;
   TestPeers peers = make_peers(3, listen, options);
   introduce(peers);
   REQUIRE(run_until(peers, [&] { return all_up(peers); }));
@@ -40,7 +43,10 @@ void exchange(const std::vector<std::string>& listen, std::size_t streams, bool 
     for (const Got& frame : peer->got) {
       CHECK(frame.payload == bytes_of(frame.header.seq, unsigned(frame.header.seq + frame.from)));
     }
-    for (const LinkStats& link : peer->mesh.stats()) CHECK(link.is_unix == unix_expected);
+    for (const LinkStats& link : peer->mesh.stats()) {
+      CHECK(link.is_unix == unix_expected);
+      CHECK(link.is_tls == (!key.empty() && !unix_expected));
+    }
   }
 }
 
@@ -59,6 +65,9 @@ TEST_CASE("frames of every size arrive whole") {
   SUBCASE("tcp, 4 streams") { exchange(kTcp4, 4, false); }
   SUBCASE("tcp, IPv6") { exchange({"tcp://[::1]:0"}, 1, false); }
   SUBCASE("unix") { exchange(kUnixOnly, 1, true); }
+  SUBCASE("tls") { exchange(kTcp4, 1, false, kKey); }
+  SUBCASE("tls, 4 streams, IPv6") { exchange({"tcp://[::1]:0"}, 4, false, kKey); }
+  SUBCASE("unix, with a key") { exchange(kUnixOnly, 1, true, kKey); }
   SUBCASE("unix is preferred") { exchange({"tcp://127.0.0.1:0", "unix://"}, 2, true); }
 }
 
@@ -141,13 +150,18 @@ TEST_CASE("a peer that stops is noticed, and the link comes back when it goes on
   MeshOptions options = fast_options();
   options.link_timeout_s = 0.5;
   options.ping_interval_s = 0.1;
+  bool much = false;
+  SUBCASE("idle: no answer to a ping") {}
+  SUBCASE("idle, tls") { options.tls_key = kKey; }
+  SUBCASE("in the middle of much data") { much = true; }
+  SUBCASE("in the middle of much data, tls") {
+    much = true;
+    options.tls_key = kKey;
+  }
   TestPeers peers = make_peers(2, kTcp4, options);
   introduce(peers);
   REQUIRE(run_until(peers, [&] { return all_up(peers); }));
-  SUBCASE("idle: no answer to a ping") {}
-  SUBCASE("in the middle of much data") {
-    for (int i = 0; i < 8; ++i) peers[0]->send(peers[1]->id, 1, bytes_of(4 << 20, 1));
-  }
+  for (int i = 0; much && i < 8; ++i) peers[0]->send(peers[1]->id, 1, bytes_of(4 << 20, 1));
   TestPeers alone;
   alone.push_back(std::move(peers[0]));
   REQUIRE(run_until(alone, [&] { return alone[0]->saw(MeshEvent::Kind::link_down, 101); }));
