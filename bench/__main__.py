@@ -25,6 +25,10 @@ SUITES = {
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
     "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
+    "wan-codecs": (
+        "bench.wan.codecs",
+        "every codec on a link of 100 Mbit/s: is a byte saved time?",
+    ),
     "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),
 }
 

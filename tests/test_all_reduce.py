@@ -57,3 +57,30 @@ def test_a_hundred_megabytes(peers: int) -> None:
 def test_around_the_largest_chunk() -> None:
     for elements in (16 * LARGEST_CHUNK - 1, 16 * LARGEST_CHUNK, 16 * LARGEST_CHUNK + 1):
         check_mean(3, elements, "unix://")
+
+
+# Bits of a value, scales included: the table of docs/codecs.md.
+BITS = {
+    "f32": 32,
+    "bf16": 16,
+    "f16": 16,
+    "int8": 8 + 32 / 256,
+    "e2m1": 4 + 8 / 32 + 8 / 1024,
+    "e3m0": 4 + 8 / 128,
+    "int2": 2 + 32 / 256,
+}
+
+
+@pytest.mark.parametrize(
+    "pair", ["f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2", "e2m1+int8"]
+)
+def test_the_wire_carries_what_the_codec_promises_and_half_a_percent(pair: str) -> None:
+    elements = 16 << 20  # 64 MiB of f32
+    there, _, back = pair.partition("+")
+    values = np.random.default_rng(1).standard_normal(elements, np.float32)
+    with team(2) as nodes:
+        works = [n.begin([values], codec=there, result_codec=back or there) for n in nodes]
+        results(works)
+        sent = sum(link["sent_bytes"] for node in nodes for link in node.links())
+    promised = elements * (BITS[there] + BITS[back or there]) / 8
+    assert promised <= sent <= 1.005 * promised

@@ -29,7 +29,8 @@ SMALL_BYTES = 64 << 10
 SLACK_MS = 10.0  # what a small round may take beyond three one-way delays
 ANSWER_S = 300.0
 # Bits of one element on the wire, scales included.
-BITS = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8 + 32 / 256, "e2m1": 4 + 1, "e3m0": 4.0625}
+BITS = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8 + 32 / 256, "e2m1": 4 + 8 / 32 + 8 / 1024,
+        "e3m0": 4 + 8 / 128, "int2": 2 + 32 / 256}  # fmt: skip
 # What a link can be filled with in reasonable time.
 MIB = {"home": 4, "mixed": 4, "flaky": 16}
 

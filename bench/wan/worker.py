@@ -101,6 +101,10 @@ class Gloo:
         return [self.address, self.store.port] if self.store is not None else None
 
 
+def sent_bytes(node: Any) -> int:
+    return sum(int(link["sent_bytes"]) for link in node.links())
+
+
 def main() -> int:
     rank, peers, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     options = json.loads(sys.argv[4])
@@ -120,6 +124,7 @@ def main() -> int:
             buffer = np.empty(task["elements"], np.float32)
         buffer.fill(1.0 + rank)
         ours.run(np.ones(4, np.float32), {})  # start together
+        before = sent_bytes(ours.node)
         cpu, start = time.process_time(), time.perf_counter()
         for _ in range(task["calls"]):
             if task["variant"] == "gloo":
@@ -132,7 +137,8 @@ def main() -> int:
         if task.get("codec", "f32") == "f32" and abs(float(buffer[-1]) - mean) > 1e-3 * mean:
             raise SystemExit(f"wrong result: {buffer[-1]}, not {mean}")
         links = [[link["peer"], link["streams"], link["rtt_s"]] for link in ours.node.links()]
-        say({"wall_s": wall_s / task["calls"], "cpu_s": cpu_s / task["calls"], "links": links})
+        say({"wall_s": wall_s / task["calls"], "cpu_s": cpu_s / task["calls"], "links": links,
+             "sent_bytes": (sent_bytes(ours.node) - before) / task["calls"]})  # fmt: skip
     ours.node.close()
     if gloo is not None:
         gloo.dist.destroy_process_group()
