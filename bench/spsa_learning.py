@@ -6,8 +6,8 @@ them all: it measures slot after slot, encodes, and applies the record. (The exc
 tests/test_spsa_real.py, tests/test_finetune.py and the suite `wan-spsa`.) `z` is the mean fall of
 the held-out loss over windows of text, in standard errors. Two runs at a time.
 
-Options (`--set`): steps=2000, samples=4 (of a peer), lr=, epsilon=1e-3, batch=8, seeds=2, text=PATH
-(default: a made-up language), base=PATH (a run of `decotrain train`; default: one is made, with
+Options (`--set`): steps=2000, samples=4 (of a peer), lr=6e-3, epsilon=1e-3, batch=4, seeds=2,
+text=PATH (default: a made-up language), base=PATH (a run of `decotrain train`; default: one is made, with
 pretrain=1500 steps), windows=256 (held out), processes=2.
 """
 
@@ -38,7 +38,7 @@ from decotrain.spsa.record import Record
 CURVE_POINTS = 20
 LOG_STEPS = 20_000
 DEFAULTS = {
-    "steps": "2000", "samples": "4", "lr": "2e-3", "epsilon": "1e-3", "batch": "8", "seeds": "2",
+    "steps": "2000", "samples": "4", "lr": "6e-3", "epsilon": "1e-3", "batch": "4", "seeds": "2",
     "windows": "256", "pretrain": "1500", "processes": "2",
 }  # fmt: skip
 QUICK = {"steps": "4", "seeds": "1", "pretrain": "30", "windows": "4", "batch": "2"}

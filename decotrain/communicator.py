@@ -38,7 +38,7 @@ from decotrain.errors import (
 from decotrain.farewell import end_well, say_last_words
 from decotrain.joining import Asked, ask, told_addresses
 from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, decode, places_for
-from decotrain.shared import SharedState
+from decotrain.shared import SharedState, Shortcut
 
 Tensors = Any  # a torch CPU tensor or numpy array, or a sequence of them (one round)
 
@@ -280,21 +280,22 @@ class Communicator:
         tensors: Mapping[str, Any],
         version: int = 0,
         effect: Callable[[Result], None] | None = None,
+        shortcut: Shortcut | None = None,
     ) -> None:
         """Declare that the tag carries state: these tensors, at this version, bit-equal on peers.
 
         They are served to newcomers from where they lie, so write to them only inside
         `updating(tag)`. Register every tag before the first round of any.
 
-        `effect` does what a round does to the tensors and nothing else (docs/state.md). With it a
-        newcomer keeps up while it fetches; without, its fetch starts again at each round.
+        `effect` does what a round does to the tensors and nothing else: a newcomer keeps up while
+        it fetches. `shortcut` is something smaller that may do in their place (docs/state.md).
         """
         if self._ready:
             raise StateError(
                 f"tag {tag} is registered after the first round: the run has been told what state"
                 " this peer holds; register every tag before the first round or catch_up"
             )
-        self._shared.register(tag, tensors, version, effect)
+        self._shared.register(tag, tensors, version, effect, shortcut)
 
     @contextmanager
     def updating(self, tag: int, version: int | None = None) -> Iterator[None]:
@@ -351,8 +352,7 @@ class Communicator:
     def figures(self) -> dict[str, float | int]:
         """Our own counters: bytes in and out, rounds, view, links."""
         figures: dict[str, float | int] = dict(self._counters)
-        figures["fetches"] = self._shared.fetches
-        figures["fetched_bytes"] = self._shared.fetched_bytes
+        figures |= self._shared.figures()
         try:
             links = self._agent.shared.node.links()
         except RuntimeError:

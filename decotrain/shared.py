@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from decotrain import tensors as tn
 from decotrain.control import member as mb
@@ -29,7 +30,19 @@ FETCH_PAUSE_S = 0.1  # between attempts to fetch state
 FETCH_SLICE_S = 0.1  # between looks at a fetch under way
 FOLLOW_SLICE_S = 0.01  # when results that come meanwhile are applied to what is there
 QUIET_S = 1.0  # for the answers under way, before what is there moves
+SHORTCUT_TRIES = 3  # peers to ask, when the first has not what we lack
 FETCH_STALL_S = 10.0  # without a byte: asks again from the start
+
+
+class Shortcut(Protocol):
+    """Bytes that every peer serves, of one size, from which a newcomer may make the tensors."""
+
+    tag: int  # under which they are served; no round has it
+    buffer: Any  # contiguous uint8; written to inside `updating` of the tensors' tag
+
+    def take(self, found: Any, seconds: float) -> int | None:
+        """Another peer's buffer, and how long it took to come: makes the tensors, returns their
+        version. None: it cannot be done, or a fetch of the tensors is cheaper."""
 
 
 @dataclass
@@ -40,7 +53,9 @@ class Fragment:
     bytes: int
     version: int
     effect: Effect | None
+    shortcut: Shortcut | None
     void: bool = False
+    mixed: bool = False  # a fetch has begun to write to the tensors, and was not completed
 
 
 class SharedState:
@@ -53,16 +68,23 @@ class SharedState:
         self.ended: set[int] = set()  # tags whose missed results are of an ended generation
         self.fetches = 0
         self.fetched_bytes = 0
+        self.shortcuts = 0  # taken in place of a fetch
         self.restarts = 0  # of fetches whose version moved
 
     def register(
-        self, tag: int, tensors: Mapping[str, Any], version: int, effect: Effect | None
+        self,
+        tag: int,
+        tensors: Mapping[str, Any],
+        version: int,
+        effect: Effect | None,
+        shortcut: Shortcut | None,
     ) -> None:
         if not tensors or version < 0:
             raise StateError(f"tag {tag} needs at least one tensor and a version of at least 0")
         names = sorted(tensors)
         arrays = [tn.raw_bytes(tensors[name], f"{name} of tag {tag}") for name in names]
-        fragment = Fragment(arrays, sum(array.nbytes for array in arrays), version, effect)
+        total = sum(array.nbytes for array in arrays)
+        fragment = Fragment(arrays, total, version, effect, shortcut)
         if not fragment.bytes:
             raise StateError(f"the tensors of tag {tag} have no values")
         self.fragments[tag] = fragment
@@ -71,10 +93,23 @@ class SharedState:
 
     def _publish(self, node: Any, tag: int, fragment: Fragment) -> None:
         """Serve what is the run's state, and nothing else."""
+        shortcut = fragment.shortcut
         if fragment.void:
             node.withdraw(tag)
-        else:
-            node.publish(tag, fragment.arrays, fragment.version)
+            if shortcut is not None:
+                node.withdraw(shortcut.tag)
+            return
+        node.publish(tag, fragment.arrays, fragment.version)
+        if shortcut is not None:
+            node.publish(shortcut.tag, [shortcut.buffer], fragment.version)
+
+    def figures(self) -> dict[str, int]:
+        """Counters, for status."""
+        return {
+            "fetches": self.fetches,
+            "fetched_bytes": self.fetched_bytes,
+            "shortcuts": self.shortcuts,
+        }
 
     def fragment(self, tag: int) -> Fragment:
         if tag not in self.fragments:
@@ -86,12 +121,15 @@ class SharedState:
         fragment = self.fragment(tag)
         node = self.comm._agent.shared.node
         following = max(fragment.version, last_seq) + 1 if version is None else version
-        node.begin_update(tag)
+        tags = [tag] if fragment.shortcut is None else [tag, fragment.shortcut.tag]
+        for one in tags:
+            node.begin_update(one)
         try:
             yield
             fragment.version = following
         finally:
-            node.end_update(tag, fragment.version)
+            for one in tags:
+                node.end_update(one, fragment.version)
         if not self.versions.void[tag]:
             self.versions.updated(tag, following)
             # Results handed to us count as covered until the engine hears of this.
@@ -181,6 +219,10 @@ class SharedState:
         if not fragment.void:
             comm._on_control(lambda: self._set_void(tag))  # a mixture until it is complete
         try:
+            shortcut = fragment.shortcut
+            if shortcut is not None and not fragment.mixed and self._by_shortcut(tag, shortcut):
+                return True
+            fragment.mixed = True
             work = node.fetch(tag, servers, fragment.arrays, follows=fragment.effect is not None)
             if not self._wait_for(node, work, servers, tag):
                 node.cancel(work)
@@ -193,6 +235,24 @@ class SharedState:
         self.fetched_bytes += fragment.bytes
         return bool(comm._on_control(lambda: self._take(tag, work.version, servers)))
 
+    def _by_shortcut(self, tag: int, shortcut: Shortcut) -> bool:
+        """What is smaller, from one peer after the other: each serves what it has by itself."""
+        comm = self.comm
+        for server in self._servers()[:SHORTCUT_TRIES]:
+            node = comm._agent.shared.node
+            found = shortcut.buffer.copy()
+            began_s = time.monotonic()
+            work = node.fetch(shortcut.tag, [server], [found])
+            if not self._wait_for(node, work, [server], shortcut.tag):
+                node.cancel(work)
+                continue
+            version = shortcut.take(found, time.monotonic() - began_s)
+            if version is not None:
+                taken = partial(self._take, tag, version, [server])
+                self.shortcuts += 1
+                return bool(comm._on_control(taken))
+        return False
+
     def _servers(self) -> list[int]:
         """Who may serve us: active peers, or else whoever is in the view."""
         shared = self.comm._agent.shared
@@ -204,7 +264,7 @@ class SharedState:
         """False when a server has left the view (its branch may be void) or nothing comes."""
         comm, shared = self.comm, self.comm._agent.shared
         moved_s, bytes_before = time.monotonic(), 0
-        slice_s = FETCH_SLICE_S if self.fragments[tag].effect is None else FOLLOW_SLICE_S
+        slice_s = FETCH_SLICE_S if self._effect(tag) is None else FOLLOW_SLICE_S
         while not work.wait(slice_s):
             comm._check_over()
             here = {row[0] for row in shared.members}
@@ -218,10 +278,14 @@ class SharedState:
                 return False
         return True
 
+    def _effect(self, tag: int) -> Effect | None:
+        fragment = self.fragments.get(tag)  # None: of a shortcut
+        return None if fragment is None else fragment.effect
+
     def _follow(self, node: Any, work: Any, tag: int) -> bool:
         """Rounds that end during a fetch move what is there, so that it need not start again.
         False when one of them is missing here."""
-        effect = self.fragments[tag].effect
+        effect = self._effect(tag)
         if effect is None or work.version is None or not self.take_missed(tag):
             return True
         results = self.missed[tag]
@@ -252,7 +316,7 @@ class SharedState:
         ):
             return False
         fragment = self.fragments[tag]
-        fragment.version, fragment.void = version, False
+        fragment.version, fragment.void, fragment.mixed = version, False, False
         node = self.comm._agent.node
         node.set_covered(tag, version - 1)
         self._publish(node, tag, fragment)

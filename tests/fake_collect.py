@@ -76,7 +76,12 @@ class CollectComm:
         self.fetches = 0
 
     def register_state(
-        self, tag: int, tensors: Mapping[str, torch.Tensor], version: int, effect: object = None
+        self,
+        tag: int,
+        tensors: Mapping[str, torch.Tensor],
+        version: int,
+        effect: object = None,
+        shortcut: object = None,
     ) -> None:
         with self.run.changed:
             self.state, self.held, self.next_seq = tensors, version, version

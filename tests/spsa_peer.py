@@ -52,6 +52,7 @@ def main() -> None:
         spsa.finish()
         figures = comm.figures()
         out.write(f"bytes {figures['bytes_out']}\n")
+        out.write(f"fetches {figures['fetches']}\nshortcuts {figures['shortcuts']}\n")
     comm.leave()
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from decotrain.errors import ConfigError, RoundError, StateError
-from decotrain.spsa import code, kernels, replay, seedlog
+from decotrain.spsa import code, history, kernels, replay, seedlog
 from decotrain.spsa.forward import Perturbed
 from decotrain.spsa.pool import Pool
 from decotrain.spsa.recipe import Recipe, Update
@@ -82,14 +82,18 @@ class SPSA:
         self._last: list[tuple[int, int, int]] = []  # (step, counted, peers) of records applied
         self._log_path = None if log is None else Path(log)
         self._log: seedlog.Writer | None = None
+        self._held = 0  # records in the parameters, whether they are the run's or not
+        self._chain = torch.zeros(1, dtype=torch.int64)  # of the history, for who fetches the state
+        self._begin_history(0)
         self._resume()
         if comm is not None:
             # A pool is no matter of single elements: with one, state that moves is fetched anew.
             effect = self._move if self.pool is None else None
-            comm.register_state(self.tag, self._shared_state(), self._applied, effect)
+            shortcut = history.Offer(self.tag + 1, self.history, self._replay)
+            comm.register_state(self.tag, self._shared_state(), self._applied, effect, shortcut)
 
     def _shared_state(self) -> dict[str, torch.Tensor]:
-        state = self.space.state()
+        state = {**self.space.state(), "spsa.chain": self._chain}
         return state if self.pool is None else {**state, **self.pool.state()}
 
     # --- the number of records applied
@@ -178,9 +182,15 @@ class SPSA:
         if self.comm is None or self._flying:
             return
         self.comm.catch_up(self.tag, self._apply, wait=True)
-        self.space.publish()  # it may have been fetched
-        if self._log is not None and self._log.next_step != self.version:
-            self._fetched()
+        self._notice_fetch()
+
+    def _notice_fetch(self) -> None:
+        if self._held == self.version:
+            return
+        self.space.publish()
+        self._held = self.version
+        self.history.restart(self.version, self._chain.numpy().tobytes())
+        self._fetched()
 
     def _fetched(self) -> None:
         """The parameters came from the others: a log that was begun cannot go on."""
@@ -265,13 +275,15 @@ class SPSA:
                 f"this peer and most others disagree about the recipe, the parameters or the base "
                 f"(record {result.seq}): start all peers with the same options and model"
             )
+        self._notice_fetch()
         record = Record(result.seq, entries)
         if record.step != self.version:
             raise RoundError(f"record {record.step} does not follow version {self.version}")
         update = self.recipe.update(record.step, record.entries)
-        log = self._writer()
+        log = self._writer(record.step)
         with self._updating():
             self.apply([update], record.step)
+            self._note(record)
         self.space.publish()
         if log is not None:
             log.append(record)
@@ -281,6 +293,48 @@ class SPSA:
         """What a record does to the parameters, element by element, and nothing else."""
         entries, _ = entries_of(result.seq, result.parts)
         self.apply([self.recipe.update(result.seq, entries)], result.seq)
+        self._set_chain(history.after(self._chain.numpy().tobytes(), entries))
+
+    def _note(self, record: Record) -> None:
+        """A record that the parameters contain now."""
+        self.history.append(record)
+        self._set_chain(self.history.chain)
+        self._held = record.step + 1
+
+    def _set_chain(self, chain: bytes) -> None:
+        self._chain[0] = int.from_bytes(chain, "little", signed=True)
+
+    def _begin_history(self, step: int) -> None:
+        """From what the parameters are now."""
+        size = history.size_for(4 * self.space.layout.elements)
+        text = f"{self.recipe.digest()} {self.space.layout.to_json()} {self._base_digest} {step}"
+        self.history = history.History(size, step, history.root(text))
+        self._set_chain(self.history.chain)
+        self._held = step
+
+    def _replay(self, found: history.Bytes, seconds: float) -> int | None:
+        """Another peer's history in place of its parameters, when it follows ours and is cheaper;
+        the number of records then held."""
+        records = history.records_from(found, self._held, self.history.chain)
+        if records is None or not self._worth_replaying(records, found.nbytes, seconds):
+            return None
+        log = self._writer(self._held)
+        updates = [self.recipe.update(record.step, record.entries) for record in records]
+        self.apply(updates, self._held)
+        for record in records:
+            self._note(record)
+            if log is not None:
+                log.append(record)
+        self.space.publish()
+        return self._held
+
+    def _worth_replaying(self, records: Sequence[Record], came_bytes: int, came_s: float) -> bool:
+        samples = sum(record.samples for record in records)
+        adds_per_s = replay.measured_adds_per_s(self.space, self.threads)
+        if samples * self.space.layout.elements < history.REPLAY_FREE_S * adds_per_s:
+            return True
+        rate_mbps = came_bytes * 8 / max(came_s, 1e-6) / 1e6
+        return replay.cheaper_by_replay(samples, rate_mbps, adds_per_s)
 
     def apply(self, updates: Sequence[Update], first_step: int) -> None:
         """Apply updates in order, without exchange. A replay does it for many at once."""
@@ -297,17 +351,18 @@ class SPSA:
 
     # --- the log
 
-    def _writer(self) -> seedlog.Writer | None:
-        """Opened before the first record is applied: its base is what the parameters are now."""
-        if self._log is not None and self._log.next_step != self.version:
+    def _writer(self, step: int) -> seedlog.Writer | None:
+        """For the record of this step, the next to be applied. It is opened before the first one:
+        its base is what the parameters are now."""
+        if self._log is not None and self._log.next_step != step:
             self._fetched()
         if self._log is None and self._log_path is not None:
-            if self.pool is not None and self.version:
+            if self.pool is not None and step:
                 return None  # the sums over the pool's seeds began before this log would
             path = self._log_path
             if path.exists():  # the run goes on from a state that was fetched
-                path = path.with_name(f"{path.stem}.{self.version}{path.suffix}")
-            header = seedlog.Header(self.recipe, self.space.layout, self.digest(), self.version)
+                path = path.with_name(f"{path.stem}.{step}{path.suffix}")
+            header = seedlog.Header(self.recipe, self.space.layout, self.digest(), step)
             self._log = seedlog.Writer(path, header)
         return self._log
 
@@ -322,6 +377,9 @@ class SPSA:
         self._log = seedlog.Writer(self._log_path, header)
         updates = [self.recipe.update(record.step, record.entries) for record in log]
         self.apply(updates, log.header.first_step)
+        self._begin_history(log.header.first_step)
+        for record in log:
+            self._note(record)
         self.space.publish()
         self._applied = log.next_step
 

@@ -5,6 +5,7 @@ The same arithmetic as in the run: the bits equal those that every peer held.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from safetensors.torch import save
 from decotrain.errors import FileError
 from decotrain.spsa import kernels, seedlog
 from decotrain.spsa.pool import Pool
-from decotrain.spsa.recipe import Recipe, Update
+from decotrain.spsa.recipe import Recipe, Term, Update
 from decotrain.spsa.space import DTYPES, Layout, Space, digest
 
 BLOCK_STEPS = 1024  # replayed at once between two reports of progress
 
 # Rates of one core; a measured figure beats them (bench/spsa.py).
 SIGN_ADDS_PER_S = 1e10
+MEASURED_ELEMENTS, MEASURED_TERMS = 1 << 18, 64
 
 
 @dataclass
@@ -149,6 +151,22 @@ def replay(
     }
     seedlog.write_atomically(Path(output), save(tensors, metadata))
     return tuned_digest
+
+
+def measured_adds_per_s(space: Space, threads: kernels.Threads | None = None) -> float:
+    """Sign additions a second on this machine, from a short run on a scratch tensor."""
+    master = max(space.masters, key=torch.Tensor.numel)
+    scratch = torch.zeros(min(MEASURED_ELEMENTS, master.numel()), device=master.device)
+    layout = Layout.of([("scratch", (), tuple(scratch.shape), "F32", False)])
+    terms = tuple(Term(0, index, 1.0) for index in range(MEASURED_TERMS))
+    batch = kernels.Batch.of(Recipe(), [Update(terms, 0.0, 1.0, len(terms))] * 2)
+    seconds = []
+    for _ in range(3):
+        began_s = time.perf_counter()
+        kernels.replay(layout, [scratch], batch, threads)
+        float(scratch[0])  # a GPU has answered
+        seconds.append(time.perf_counter() - began_s)
+    return 2 * MEASURED_TERMS * scratch.numel() / max(min(seconds), 1e-9)
 
 
 def cheaper_by_replay(
