@@ -170,7 +170,7 @@ def one(text: str) -> None:
     context, batch, steps = model.config.context, int(chosen["batch"]), int(chosen["steps"])
     corpus = open_corpus(chosen["text"], context)
     order = SampleOrder(len(corpus.train), context, seed)
-    batches = Batches(corpus, order, context, batch, 1)
+    batches = Batches(corpus, order, context, batch)
     held_out = torch.from_numpy(corpus.held_out_windows(int(chosen["windows"]), context))
     recipe = Recipe(
         lr=float(chosen["lr"]), epsilon=float(chosen["epsilon"]), samples=int(chosen["samples"]),
@@ -183,7 +183,7 @@ def one(text: str) -> None:
     for step in range(steps):
         measured = {}
         for slot in range(peers):
-            windows = torch.from_numpy(batches.at(step, slot, 0))
+            windows = torch.from_numpy(batches.at(step, slot))
             _, measured[slot] = spsa.measure(step, lambda w=windows: loss_of(model, w), slot)
         spsa.apply([_update(recipe, step, measured, scalars)], step)
         if (step + 1) % every == 0:

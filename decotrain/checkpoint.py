@@ -28,7 +28,7 @@ from torch import Tensor
 
 from decotrain.errors import FileError
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
 META_BYTES_MAX = 16 << 20
 NAME = re.compile(r"round-(\d{1,12})$")
@@ -138,30 +138,35 @@ def _flush_folder(path: Path) -> None:
 # --- the state of a torch optimizer, without pickle
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, facts): an optimizer's state_dict with its tensors apart."""
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, name: str = "inner"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts): an optimizer's state_dict with its tensors apart, as name.number.key."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for number, entries in saved["state"].items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"inner.{number}.{key}"] = value
+                tensors[f"{name}.{number}.{key}"] = value
             else:
                 values.setdefault(str(number), {})[key] = value
     return tensors, {"groups": saved["param_groups"], "values": values}
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    name: str = "inner",
 ) -> None:
     """Puts back what `pack_optimizer` gave. Hyper-parameters stay the optimizer's own."""
     state: dict[int, dict[str, Any]] = {
         int(number): dict(values) for number, values in facts["values"].items()
     }
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "inner":
+    for place, tensor in tensors.items():
+        kind, _, rest = place.partition(".")
+        if kind == name:
             number, _, key = rest.partition(".")
             state.setdefault(int(number), {})[key] = tensor
     known = [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]

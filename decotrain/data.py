@@ -4,7 +4,7 @@
   (training part, held-out part) and memory-maps them. What is held out is fixed by hash.
 - `Order` maps a global sample number to one of n places: a seeded permutation, another one in each
   epoch; `SampleOrder` to the start of a window of a text. They know nothing of peers.
-- `first_sample` is the seam for membership: which samples of that order belong to a round and slot.
+- `first_sample` is the seam for membership: which samples of that order belong to a step and peer.
 
 A sample is `context + 1` bytes. Nothing here tokenises, and nothing is random but by seed.
 """
@@ -35,8 +35,8 @@ FILES_FOR_WHOLE = 40  # from so many files on whole files are held out, below bl
 BLOCK_BYTES = 16 << 10  # less in a text of less than 1 MiB, so that some of it is held out, too
 BLOCK_BYTES_MIN, BLOCKS_MIN = 1 << 10, 64
 COPY_BYTES = 1 << 20
+LANES = 64  # slots of a run (kMaxPeers)
 PROBE_BYTES = 1 << 10
-LANES = 64  # slots of a run (kMaxPeers): each has its own samples in each round
 FEISTEL_ROUNDS = 6
 
 
@@ -271,30 +271,28 @@ class SampleOrder:
         return starts
 
 
-def first_sample(round_number: int, slot: int, samples_each: int) -> int:
-    """The first of the samples that belong to a slot in a round.
+def first_sample(step: int, lane: int, samples_each: int, lanes: int = LANES) -> int:
+    """The first of the samples that belong to a lane in a step.
 
-    Each slot that a run can have owns a block of the global order in every round, whoever is alive:
-    no two peers ever draw the same sample of an epoch, and nobody's samples move when another
-    peer dies. (Blocks of slots that nobody holds are left out of that epoch.)
+    A lane belongs to one peer: no two of them ever draw the same sample of an epoch, and nobody's
+    samples move when another one comes or goes. (What belongs to a lane that nobody has is left
+    out of that epoch; with a trainer's number as its lane, through all its lives, that is little.)
     """
-    assert 0 <= slot < LANES
-    return (round_number * LANES + slot) * samples_each
+    assert 0 <= lane < lanes
+    return (step * lanes + lane) * samples_each
 
 
 class Batches:
     """The samples of one peer: asks `first_sample` where it is, and reads the text there."""
 
     def __init__(
-        self, corpus: Corpus, order: SampleOrder, context: int, batch: int, steps_each: int
+        self, corpus: Corpus, order: SampleOrder, context: int, batch: int, lanes: int = LANES
     ) -> None:
         self._corpus, self._order = corpus, order
-        self._context, self._batch, self._steps_each = context, batch, steps_each
+        self._context, self._batch, self._lanes = context, batch, lanes
 
-    def at(self, round_number: int, slot: int, step: int) -> Numbers:
-        """(batch, context + 1): the batch of inner step `step` (0..) of a round."""
-        first = first_sample(round_number, slot, self._steps_each * self._batch)
-        # A round that lasts longer than planned goes round its own block, not into a neighbour's.
-        first += (step % self._steps_each) * self._batch
+    def at(self, step: int, lane: int) -> Numbers:
+        """(batch, context + 1): what the lane's peer learns from in step 0, 1, ..."""
+        first = first_sample(step, lane, self._batch, self._lanes)
         numbers = np.arange(first, first + self._batch, dtype=np.int64)
         return windows(self._corpus.train, self._order.starts(numbers), self._context)

@@ -22,7 +22,7 @@ WAIT_S = 60.0
 
 @dataclass
 class FakeRound:
-    given: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)  # by peer
+    given: dict[int, tuple[Any, float]] = field(default_factory=dict)  # by peer
     digests: set[int] = field(default_factory=set)
     result: Result | None = None
 
@@ -58,10 +58,13 @@ class FakeRun:
             if weight > 0 and (peer, seq) not in self.waived
         ]
         total = sum(weight for _, _, weight in counted)
-        mean = sum(values.double() * (weight / total) for _, values, weight in counted)
-        tensors = [mean.float()] if counted else []
-        names = tuple(peer for peer, _, _ in counted)
-        open_round.result = Result(tag, seq, "stable", names, not counted, 0, tensors)
+        result = Result(tag, seq, "stable", tuple(p for p, _, _ in counted), not counted, 0)
+        if counted and isinstance(counted[0][1], bytes):
+            result.parts = {peer - 1: values for peer, values, _ in counted}
+        elif counted:
+            mean = sum(values.double() * (weight / total) for _, values, weight in counted)
+            result.tensors = [mean.float()]
+        open_round.result = result
         self.changed.notify_all()
 
 
@@ -70,7 +73,7 @@ class FakeWork:
     comm: FakeComm
     tag: int
     seq: int
-    out: torch.Tensor
+    out: torch.Tensor | None
 
     def wait(self, timeout_s: float | None = None) -> Result:
         run = self.comm.run
@@ -81,7 +84,7 @@ class FakeWork:
             return Result(self.tag, self.seq, "lost", (), True, 0)
         result = run.rounds[self.tag, self.seq].result
         assert result is not None
-        if result.tensors:
+        if result.tensors and self.out is not None:
             self.out.copy_(result.tensors[0])
         return result
 
@@ -124,7 +127,9 @@ class FakeComm:
         found = self.run.rounds.get((tag, seq))
         return found if found and found.result is None else None
 
-    def _begin(self, tag: int, out: torch.Tensor, weight: float, digest: int) -> FakeWork:
+    def _begin(
+        self, tag: int, given: Any, out: torch.Tensor | None, weight: float, digest: int
+    ) -> FakeWork:
         run = self.run
         with run.changed:
             seq = self.next_seq[tag]
@@ -132,7 +137,7 @@ class FakeComm:
             self.next_seq[tag] += 1
             here = run.rounds.setdefault((tag, seq), FakeRound())
             if here.result is None and self.active:
-                here.given[self.peer] = (out.clone(), weight)
+                here.given[self.peer] = (given, weight)
                 here.digests.add(digest)
                 assert len(here.digests) == 1, "peers computed from different outer states"
             run.settle(tag, seq)
@@ -145,10 +150,16 @@ class FakeComm:
         *,
         tag: int,
         weight: float,
+        out: torch.Tensor | None = None,
         state_digest: int = 0,
         **options: Any,
     ) -> FakeWork:
-        return self._begin(tag, tensors, weight, state_digest)
+        place = tensors if out is None else out
+        return self._begin(tag, tensors.clone(), place, weight, state_digest)
+
+    def collect(self, data: bytes | None, *, tag: int, max_bytes: int) -> FakeWork:
+        assert data is None or len(data) <= max_bytes
+        return self._begin(tag, data or b"", None, 0.0 if data is None else 1.0, 0)
 
     @property
     def members(self) -> tuple[MemberInfo, ...]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from decotrain import _core
-from decotrain.errors import ConfigError, NotFiniteError, StateError
-from decotrain.outer.feedback import ErrorFeedback
 
 F32 = NDArray[np.float32]
 
@@ -136,32 +133,3 @@ def test_stochastic_rounding_is_for_some_codecs() -> None:
     data = np.empty(_core.codec_bytes("int2", 64), np.uint8)
     with pytest.raises(ValueError, match="int2 has no stochastic rounding"):
         _core.codec_encode_stochastic("int2", np.zeros(64, np.float32), 1, 1, data)
-
-
-# --- residuals
-
-
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_residuals_survive_a_checkpoint(dtype: str) -> None:
-    torch.manual_seed(1)
-    first, second = torch.randn(300), torch.randn(300)
-    feedback = ErrorFeedback({0: 300, 3: 10}, dtype)
-    feedback.encode(0, first, "e2m1")
-    saved = {name: tensor.clone() for name, tensor in feedback.state_dict().items()}
-    expected = feedback.encode(0, second, "e2m1")
-    restored = ErrorFeedback({0: 300, 3: 10}, dtype)
-    assert not torch.equal(restored.encode(0, second, "e2m1"), expected)
-    restored.load_state_dict(saved)
-    assert torch.equal(restored.encode(0, second, "e2m1"), expected)
-    restored.clear(0)
-    assert not restored.residuals[0].any()
-
-
-def test_residuals_say_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match="f32 or bf16"):
-        ErrorFeedback({0: 1}, "f16")
-    feedback = ErrorFeedback({0: 4})
-    with pytest.raises(StateError, match=r"0\.residual: \(4,\) expected, nothing found"):
-        feedback.load_state_dict({})
-    with pytest.raises(NotFiniteError, match="fragment 0"):
-        feedback.encode(0, torch.tensor([1.0, float("nan"), 0.0, 0.0]), "int8")

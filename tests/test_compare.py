@@ -50,7 +50,7 @@ class Written:
 
     def end(self, loss: float) -> None:
         for peer, part in (("p1", 0.1), ("p2", 0.3)):
-            self.add("end", 0.0, peer=peer, step=20, sync_fraction=part)
+            self.add("end", 0.0, peer=peer, step=20, utilisation=part)
         self.add("summary", 60.0, held_out_nats=loss)
 
 
@@ -76,7 +76,7 @@ def test_points_of_a_run(run: Written) -> None:
     assert [p.seconds for p in found.points] == pytest.approx([11.0, 21.0])
     assert found.final_loss == 2.4
     assert found.seconds == pytest.approx(21.0), "the summary's own time is no training"
-    assert found.sync_fraction == pytest.approx(0.2)
+    assert found.utilisation == pytest.approx(0.2)
 
 
 def test_bytes_of_a_peer_that_came_back_add_up(run: Written) -> None:

@@ -12,7 +12,7 @@ import torch
 from decotrain.communicator import Communicator, join
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
-from decotrain.outer import DiLoCo, OuterOptimizer
+from decotrain.outer import OuterOptimizer, make
 from tests.outer_runs import assert_close, batch, loss_of, make_model, reference
 
 WAIT_S = 60.0
@@ -67,7 +67,7 @@ class Peer:
         model = make_model(seed=1)
         inner = torch.optim.SGD(model.parameters(), lr=0.1)
         comm = self.enter(self.number)
-        outer = DiLoCo(model, inner, comm, sync_every=SYNC_EVERY, lr=0.7, momentum=0.9)
+        outer = make("diloco", model, inner, comm, sync_every=SYNC_EVERY, lr=0.7, momentum=0.9)
         self.outer = outer
         step = 0
         while outer.global_step < self.until:

@@ -73,6 +73,6 @@ def test_what_is_wrong_is_named(key: str, value: Any, message: str) -> None:
 
 def test_a_missing_key_is_named() -> None:
     config = composed()
-    del config["outer"]["lr"]
-    with pytest.raises(ConfigError, match=r"outer\.lr is missing"):
+    del config["outer"]["preset"]
+    with pytest.raises(ConfigError, match=r"outer\.preset is missing"):
         parse(config)

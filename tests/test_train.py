@@ -167,8 +167,8 @@ def test_peers_that_cannot_start_say_why(place: Path, start: Callable[..., Runni
         place / "runs" / "first" / "checkpoints" / "peer-1",
         3,
         {"w": torch.zeros(1)},
-        {"outer.0.theta": torch.zeros(7)},
-        {"outer": {"versions": [4], "tokens": [0.0]}},
+        {"shared.0.theta": torch.zeros(7)},
+        {"outer": {"versions": [4], "step": 20}, "digest": ""},
     )
     run = start("name=first", "peers=1", "steps=80", "resume=auto")
     assert run.process.wait(WAIT_S) == 2

@@ -55,7 +55,7 @@ class TextTask:
         self.model, self.context, self.settings = model, context, settings
         self.corpus = open_corpus(settings.data.path, context)
         order = SampleOrder(len(self.corpus.train), context, settings.seed)
-        self._batches = Batches(self.corpus, order, context, settings.batch, 1)
+        self._batches = Batches(self.corpus, order, context, settings.batch)
         self.tokens_of_step = settings.batch * context
 
     @property
@@ -67,7 +67,7 @@ class TextTask:
         return f"text: {self.corpus.files} files, {megabytes:.1f} MB from {self.corpus.source}"
 
     def loss(self, step: int, slot: int) -> Loss:
-        windows = torch.from_numpy(self._batches.at(step, slot, 0))
+        windows = torch.from_numpy(self._batches.at(step, slot))
         return lambda: loss_of(self.model, windows)
 
     @torch.no_grad()

@@ -88,7 +88,7 @@ class Tuner:
         elapsed_s = max(time.perf_counter() - self.started_s, 1e-9)
         return {
             "round": self.spsa.version,
-            "sync_fraction": self.spsa.waited_s / elapsed_s,
+            "utilisation": 1.0 - self.spsa.waited_s / elapsed_s,
             "sent_bytes": sent,
             "bytes_per_step": sent / max(self.steps, 1),
         }

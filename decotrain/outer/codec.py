@@ -1,31 +1,164 @@
 """How pseudo-gradients travel: which codec each way, and whether the sender keeps what was lost.
 
-The codecs themselves are in the core; this only names them and owns the residual's place.
+The codecs themselves are in the core, error feedback too (`e <- x + e - decode(encode(x + e))`,
+fused with encoding). A residual is private: it never travels, and a view change does not touch it.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from decotrain.errors import ConfigError
+import numpy as np
+import torch
+from torch import Tensor
 
-CODECS = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
+from decotrain import _core
+from decotrain.communicator import Communicator
+from decotrain.errors import ConfigError, NotFiniteError
+from decotrain.rounds import Result, Work
+
+CHUNK = 4096  # values of which top-k keeps some
+HEAD = struct.Struct("<d")  # weight, before a sparse contribution
+
+
+class Codec(Protocol):
+    """The second of the four choices."""
+
+    @property
+    def error_feedback(self) -> bool:
+        """The sender adds what the codec lost to its next contribution."""
+        ...
+
+    def begin(
+        self,
+        comm: Communicator,
+        tag: int,
+        values: Tensor,  # flat float32; may be written to when this returns
+        out: Tensor,  # where a mean may be put; may be `values`
+        weight: float,
+        residual: Tensor | None,
+        digest: int,  # of the state that values were computed from
+    ) -> Work:
+        """Begins the tag's next round."""
+        ...
+
+    def mean(self, result: Result, elements: int) -> Tensor | None:
+        """The weighted mean of a round: the same bits on every peer. None: there is none."""
+        ...
 
 
 @dataclass(frozen=True)
 class CodecChoice:
-    """The second of the four choices."""
+    """A codec of the core for contributions, and one for results; all-reduced."""
 
     contribution: str = "f32"
     result: str = "f32"
-    error_feedback: bool = False  # the sender adds what the codec lost to its next contribution
+    error_feedback: bool = False
+    decay: float = 1.0  # of the residual, before each round
 
     @staticmethod
-    def named(name: str, error_feedback: bool = False) -> CodecChoice:
+    def named(name: str, error_feedback: bool = False, decay: float = 1.0) -> CodecChoice:
         """From "int8" (both ways) or "e2m1+int8" (contributions + results)."""
-        contribution, _, result = name.partition("+")
-        choice = CodecChoice(contribution, result or contribution, error_feedback)
-        for codec in (choice.contribution, choice.result):
-            if codec not in CODECS:
-                raise ConfigError(f"codec {codec!r} is unknown; there are {', '.join(CODECS)}")
-        return choice
+        try:
+            contribution, result = _core.codec_pair(name)
+        except ValueError as error:
+            raise ConfigError(f"codec={name}: {error}") from None
+        return CodecChoice(contribution, result, error_feedback, decay)
+
+    def begin(
+        self,
+        comm: Communicator,
+        tag: int,
+        values: Tensor,
+        out: Tensor,
+        weight: float,
+        residual: Tensor | None,
+        digest: int,
+    ) -> Work:
+        if residual is not None and self.decay != 1.0:
+            residual.mul_(self.decay)
+        return comm.all_reduce(
+            values,
+            tag=tag,
+            codec=self.contribution,
+            result_codec=self.result,
+            weight=weight,
+            out=out,
+            residual=residual,
+            state_digest=digest,
+        )
+
+    def mean(self, result: Result, elements: int) -> Tensor | None:
+        return torch.as_tensor(result.tensor).view(-1) if result.contributors else None
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The `keep` largest of every 4096 values, two bits each, collected from all (SparseLoCo).
+
+    Every peer adds the contributions itself, in slot order. A contribution that is no valid
+    encoding, or has no sensible weight, is left out by everybody alike.
+    """
+
+    keep: int = 64
+    decay: float = 0.95
+    error_feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= CHUNK:
+            raise ConfigError(f"keep={self.keep}: top-k keeps 1 to {CHUNK} of every {CHUNK} values")
+
+    def begin(
+        self,
+        comm: Communicator,
+        tag: int,
+        values: Tensor,
+        out: Tensor,
+        weight: float,
+        residual: Tensor | None,
+        digest: int,
+    ) -> Work:
+        assert residual is not None, "top-k without error feedback loses nearly everything"
+        size = _core.topk_bytes(values.numel(), self.keep)
+        data = None
+        if weight > 0:
+            whole = torch.add(residual.mul_(self.decay), values, out=residual).numpy()
+            packed = np.empty(size, dtype=np.uint8)
+            if not _core.topk_encode(whole, self.keep, packed):
+                comm.collect(None, tag=tag, max_bytes=HEAD.size + size)
+                raise NotFiniteError(
+                    f"round of tag {tag}: a parameter contains NaN or infinity; our contribution is"
+                    " skipped, the others go on without it"
+                )
+            sent = np.zeros(values.numel(), dtype=np.float32)
+            _core.topk_add(packed, self.keep, -1.0, sent)
+            residual.add_(torch.from_numpy(sent))
+            data = HEAD.pack(weight) + packed.tobytes()
+        return comm.collect(data, tag=tag, max_bytes=HEAD.size + size)
+
+    def mean(self, result: Result, elements: int) -> Tensor | None:
+        if not result.parts:  # the broadcast of the first parameters, or nobody contributed
+            return torch.as_tensor(result.tensor).view(-1) if result.tensors else None
+        given: list[tuple[float, Any]] = []
+        size = _core.topk_bytes(elements, self.keep)
+        for _, data in sorted(result.parts.items()):
+            if len(data) != HEAD.size + size:
+                continue
+            (weight,) = HEAD.unpack_from(data)
+            packed = np.frombuffer(data, dtype=np.uint8, offset=HEAD.size)
+            scratch = np.zeros(elements, dtype=np.float32)
+            if (
+                math.isfinite(weight)
+                and weight > 0
+                and _core.topk_add(packed, self.keep, 1.0, scratch)
+            ):
+                given.append((weight, packed))
+        if not given:
+            return None
+        total, out = sum(weight for weight, _ in given), np.zeros(elements, dtype=np.float32)
+        for weight, packed in given:
+            _core.topk_add(packed, self.keep, weight / total, out)
+        return torch.from_numpy(out)

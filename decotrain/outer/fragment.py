@@ -1,13 +1,14 @@
-"""A part of the model as flat float32 memory: outer parameters, the update's buffers, a workspace.
+"""A part of the model as flat float32 memory: outer parameters, the update's buffers, their base.
 
 One contiguous buffer each, so that a round is one tensor and a newcomer can fetch it as it lies.
 The model's own parameters may have any floating dtype and device; they are read and written
-through `drift` and `write`. Nothing here communicates.
+here, span by span. Nothing here communicates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ class Fragment:
     """theta (outer parameters), buffers, and which parameters of the model they belong to."""
 
     def __init__(
-        self, tag: int, parameters: dict[str, nn.Parameter], buffer_names: Sequence[str]
+        self,
+        tag: int,
+        parameters: dict[str, nn.Parameter],
+        buffer_names: Sequence[str],
+        scalar_names: Sequence[str],
     ) -> None:
         self.tag = tag
         self.parameters = parameters
@@ -27,34 +32,67 @@ class Fragment:
             self.spans[name] = slice(end, end + parameter.numel())
             end += parameter.numel()
         self.elements = end
+        # shared: bit-equal on every peer that holds the same version
         self.theta = torch.empty(end, dtype=torch.float32)
         self.buffers = {name: torch.zeros(end, dtype=torch.float32) for name in buffer_names}
+        self.scalars = {name: torch.zeros(1, dtype=torch.float64) for name in scalar_names}
         self.started = torch.zeros(1, dtype=torch.int64)  # version after the broadcast; 0: not yet
-        self.workspace = torch.empty(end, dtype=torch.float32)  # pseudo-gradient, then its mean
-        self.tokens = 0.0  # weight of the local progress that no round has counted yet
-        self.tokens_sent = 0.0  # the part of it that the round in flight carries
+        # ours
+        self.base = torch.empty(end, dtype=torch.float32)  # what pseudo-gradients are measured from
+        self.tokens = 0.0  # weight of the local progress that no round has carried yet
+        self.version = 0  # rounds whose result has entered the local parameters
+        self.digest = b""  # of the shared state at that version
         self.read_local(self.theta)
+        self.base.copy_(self.theta)
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What is shared: bit-equal on every peer that holds the same version."""
-        return {"theta": self.theta, "started": self.started, **self.buffers}
+        """What is shared."""
+        return {"theta": self.theta, "started": self.started, **self.buffers, **self.scalars}
+
+    def state_digest(self) -> bytes:
+        """SHA-256 of what is shared, without the version."""
+        total = hashlib.sha256()
+        for tensor in self.state.values():
+            total.update(tensor.numpy().data.cast("B"))  # the GIL is free meanwhile
+        return total.digest()
+
+    def pairs(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter of the model with its part of a flat tensor, in its shape."""
+        for name, parameter in self.parameters.items():
+            yield parameter, flat[self.spans[name]].view(parameter.shape)
 
     @torch.no_grad()
     def read_local(self, out: Tensor) -> Tensor:
         """out <- w, the model's own values."""
-        for name, parameter in self.parameters.items():
-            out[self.spans[name]].copy_(parameter.detach().reshape(-1))
+        for parameter, part in self.pairs(out):
+            part.copy_(parameter.detach())
         return out
 
     @torch.no_grad()
     def drift(self, out: Tensor) -> Tensor:
-        """out <- theta - w: the pseudo-gradient, in float32."""
-        torch.sub(self.theta, self.read_local(out), out=out)
+        """out <- base - w: the pseudo-gradient, in float32."""
+        for (parameter, part), (_, base) in zip(
+            self.pairs(out), self.pairs(self.base), strict=True
+        ):
+            torch.sub(base, part.copy_(parameter.detach()), out=part)
         return out
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """The model's parameters take these values (rounded to their dtype)."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[self.spans[name]].view(parameter.shape))
+        for parameter, part in self.pairs(values):
+            parameter.copy_(part)
+
+    @torch.no_grad()
+    def move(self, by: Tensor, sign: float = 1.0) -> None:
+        """w <- w + sign * by, in float32."""
+        for parameter, part in self.pairs(by):
+            parameter.copy_(parameter.detach().float() + part.to(parameter.device) * sign)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The local parameters move as far as the outer ones did: our progress stays ours."""
+        drift = self.drift(torch.empty_like(self.theta))
+        self.base.copy_(self.theta)
+        self.write(torch.sub(self.theta, drift, out=drift))

@@ -9,6 +9,11 @@ Each fragment of the schedule is a tag of the communicator. Its first round that
 a broadcast of the first parameters, so every peer starts from the same bits; each later one
 averages pseudo-gradients and is one outer step. The version of a fragment counts all of them.
 
+A round is a *flight*: the trainer's thread takes the pseudo-gradient, a background thread encodes
+it, waits for the mean and makes the outer step; when the result is due the trainer's thread brings
+it into the local parameters. So theta contains every round that was sent and has come back, while
+a fragment's `base`, `version` and `digest` say what the local parameters know.
+
 Churn is handled here and not in the training script: a newcomer fetches state, adopts the global
 step and enters the next round with the tokens it has; a peer whose contribution was not counted
 keeps its progress; a round that was lost costs a fetch of the fragment and no inner step.
@@ -20,20 +25,26 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from decotrain.communicator import Communicator, Result, Work
-from decotrain.errors import ConfigError, StateError
-from decotrain.outer.codec import CodecChoice
+from decotrain.communicator import Communicator
+from decotrain.errors import ConfigError
+from decotrain.outer import saved
+from decotrain.outer.background import in_background
+from decotrain.outer.codec import Codec, CodecChoice
+from decotrain.outer.flight import Flight, Landed
 from decotrain.outer.fragment import Fragment
-from decotrain.outer.merge import Merge, Replace
+from decotrain.outer.merge import Eager, Merge, Replace
 from decotrain.outer.schedule import Schedule
 from decotrain.outer.update import Update
+from decotrain.rounds import Result, Work
+
+LOOKS_MAX = 100  # at the schedule within one step: each look moves the global step forward
 
 
 class OuterOptimizer:
@@ -42,22 +53,27 @@ class OuterOptimizer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         comm: Communicator,
         *,
         schedule: Schedule,
         update: Update,
-        codec: CodecChoice | None = None,
+        codec: Codec | None = None,
         merge: Merge | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        _check_optimizer(optimizer, trained)
-        self.model, self.inner, self.comm = model, optimizer, comm
+        check_optimizers(optimizer, trained)
+        self.model, self.comm = model, comm
         self.schedule, self.update = schedule, update
         self.codec, self.merge = codec or CodecChoice(), merge or Replace()
+        if isinstance(self.merge, Eager) and not (update.linear and schedule.late):
+            raise ConfigError(
+                "the eager merge needs a linear update (SGD, Nesterov) and a schedule whose"
+                " results come one round late (EveryH with overlap = steps)"
+            )
         self.fragments = [
-            Fragment(tag, {name: trained[name] for name in names}, update.buffers)
+            Fragment(tag, {name: trained[name] for name in names}, update.buffers, update.scalars)
             for tag, names in enumerate(schedule.fragments(list(trained)))
         ]
         self.residuals = {
@@ -66,45 +82,52 @@ class OuterOptimizer:
         self.global_step = 0
         self.sync_s = 0.0  # wall time of this trainer inside rounds
         self.last_contributors: tuple[int, ...] = ()
-        self._works: dict[int, Work] = {}
+        self._flights: dict[int, Flight] = {}
         self._late: set[int] = set()  # fragments that take part again when others open a round
-        self._versions = self._load(state) if state else [0] * len(self.fragments)
-        for fragment, version in zip(self.fragments, self._versions, strict=True):
-            comm.register_state(fragment.tag, fragment.state, version, self._effect_on(fragment))
-        self._start()
+        versions = saved.load(self, state) if state else [0] * len(self.fragments)
+        for fragment, version in zip(self.fragments, versions, strict=True):
+            effect = self._effect_on(fragment) if update.elementwise else None
+            comm.register_state(fragment.tag, fragment.state, version, effect)
+        self._start(versions)
 
     # --- starting
 
-    def _start(self) -> None:
+    def _start(self, versions: Sequence[int]) -> None:
         """Hold what the others hold: fetched from them, or broadcast when nobody has begun."""
-        for fragment in self.fragments:
-            loaded = self.rounds(fragment.tag)
-            self.comm.catch_up(fragment.tag, self._applier(fragment), wait=True)
+        moved = False
+        for fragment, loaded in zip(self.fragments, versions, strict=True):
+            now = self.comm.catch_up(fragment.tag, self._applier(fragment), wait=True)
             while not fragment.started.item():
                 result = self._broadcast(fragment).wait()
                 if result.outcome != "lost":
                     self._take(fragment, result)
-                self.comm.catch_up(fragment.tag, self._applier(fragment), wait=True)
+                now = self.comm.catch_up(fragment.tag, self._applier(fragment), wait=True)
+            if loaded and now == loaded:  # as saved, our own progress included
+                continue
+            self._flights.pop(fragment.tag, None)
+            self.merge.forget(fragment)
+            fragment.base.copy_(fragment.theta)
             fragment.write(fragment.theta)
-            if self.rounds(fragment.tag) > loaded:
+            self._holds(fragment, now)
+            moved |= bool(loaded)
+            if self.rounds(fragment.tag):
                 self._late.add(fragment.tag)
-        self.global_step = self._step_of_state()
+        if moved or not any(versions):
+            self.global_step = self._step_of_state()
 
     def _broadcast(self, fragment: Fragment) -> Work:
         """The first active peer's parameters. Nobody's, when that one dies: then once more."""
         root = next((one.peer for one in self.comm.members if one.active), 0)
         return self.comm.all_reduce(
-            fragment.workspace.copy_(fragment.theta),
+            fragment.theta.clone(),
             tag=fragment.tag,
             weight=1.0 if root == self.comm.peer else 0.0,
         )
 
     def _step_of_state(self) -> int:
-        steps = [0]
-        for fragment in self.fragments:
-            if rounds := self.rounds(fragment.tag):
-                steps.append(self.schedule.step_after(fragment.tag, rounds))
-        return max(steps)
+        """Where the others are at least, by the newest round that we know of."""
+        known = [(f.tag, self.rounds(f.tag)) for f in self.fragments]
+        return max(self.schedule.sent_at(tag, number) if number else 0 for tag, number in known)
 
     # --- the loop
 
@@ -113,129 +136,234 @@ class OuterOptimizer:
         self.global_step += 1
         for fragment in self.fragments:
             fragment.tokens += tokens
-        sends = self.schedule.sends(self.global_step)
-        receives = self.schedule.receives(self.global_step)
         started_s = time.perf_counter()
-        synced = self._rejoin(sends) if self._late else False
-        for tag in sends:
-            if tag not in self._works:
-                self._begin(self.fragments[tag])
-        for tag in receives:
-            if tag in self._works:
-                self._finish(self.fragments[tag])
-                synced = True
+        synced = self._enter_open_rounds()
+        for _ in range(LOOKS_MAX):
+            step = self.global_step
+            synced |= self._turn(step)
+            if self.global_step == step:  # else we learned that the others are further: look again
+                break
         self.sync_s += time.perf_counter() - started_s
         return synced
 
-    def _rejoin(self, sends: Any) -> bool:
+    def _enter_open_rounds(self) -> bool:
         """A fragment that was behind enters a round as soon as the others have opened it."""
         synced = False
-        for tag in sorted(self._late - set(sends)):
+        tags = range(len(self.fragments)) if self.schedule.hurry else sorted(self._late)
+        for tag in tags:
             fragment = self.fragments[tag]
-            if tag in self._works:
+            if tag in self._flights:
                 continue
-            self._catch_up(fragment)
+            if tag in self._late:
+                self._catch_up(fragment)
             if self.comm.pending(tag):
-                self._begin(fragment)
-                self._finish(fragment)
-                self.global_step = self.schedule.step_after(tag, self.rounds(tag))
-                synced = True
+                number = self.rounds(tag) + 1
+                self.global_step = max(self.global_step, self.schedule.sent_at(tag, number))
+                synced |= self._exchange(fragment, number)
         return synced
 
-    def _begin(self, fragment: Fragment) -> None:
-        """Sends the pseudo-gradient, computed from the newest outer parameters there are."""
-        self._catch_up(fragment)
-        delta = fragment.drift(fragment.workspace)
-        fragment.tokens_sent = fragment.tokens
-        self._works[fragment.tag] = self.comm.all_reduce(
-            delta,
-            tag=fragment.tag,
-            codec=self.codec.contribution,
-            result_codec=self.codec.result,
-            weight=fragment.tokens,
-            residual=self.residuals.get(fragment.tag),
-            state_digest=self._state_digest(fragment),
+    def _turn(self, step: int) -> bool:
+        """What the schedule says of this step. Each round is begun once, whoever looks again."""
+        synced = False
+        sends = self.schedule.sends(step)
+        relayed = {tag for tag, _ in sends} if self.schedule.late else set()
+        for tag in self._due(step, relayed):
+            synced |= self._land(self.fragments[tag])
+        for tag, number in sends:
+            synced |= self._exchange(self.fragments[tag], number)
+        for tag in self._due(step, set()):
+            synced |= self._land(self.fragments[tag])
+        return synced
+
+    def _due(self, step: int, but: set[int]) -> list[int]:
+        return sorted(
+            t for t, flight in self._flights.items() if flight.due <= step and t not in but
         )
 
-    def _finish(self, fragment: Fragment) -> None:
-        """Applies the round's result to the outer parameters, and those to the model."""
-        result = self._works.pop(fragment.tag).wait()
-        if result.outcome == "lost":
+    def _exchange(self, fragment: Fragment, number: int) -> bool:
+        """The fragment's round `number`: sends, and takes what was sent one round ago."""
+        tag, synced = fragment.tag, False
+        flight = self._flights.get(tag)
+        if flight is not None and self.rounds(tag) + 1 >= number:
+            return False  # begun already
+        landed = None
+        delta = fragment.drift(torch.empty_like(fragment.theta))
+        if flight is not None:
+            del self._flights[tag]
+            landed = self._arrive(fragment, flight)
+            synced = True
+        if landed is None:
+            self._catch_up(fragment)
+            if self.rounds(tag) >= number:
+                return synced  # the others have made this round without us
+            fragment.drift(delta)  # it may have grown by what was lost
+        again = flight if landed is not None and not landed.counted(self.comm.peer) else None
+        if self.schedule.late:  # before the flight: it moves theta when it comes back
+            self._enter(fragment, delta, len(landed.contributors) if landed else 0)
+        if again is not None:  # its progress goes with the next round
+            fragment.move(again.delta, -1.0)
+            self._restore(fragment, again)
+        self._send(fragment, delta)
+        fragment.tokens += again.tokens if again is not None else 0.0
+        return synced
+
+    def _send(self, fragment: Fragment, delta: Tensor) -> None:
+        """A round takes off with this pseudo-gradient."""
+        tag, residual = fragment.tag, self.residuals.get(fragment.tag)
+        out = torch.empty_like(delta) if self.schedule.late else delta
+        digest = int.from_bytes(fragment.digest[:8], "little")
+        tokens, fragment.tokens = fragment.tokens, 0.0
+        before = residual.clone() if residual is not None else None
+
+        def fly() -> Landed:
+            work = self.codec.begin(self.comm, tag, delta, out, tokens, residual, digest)
+            result = work.wait()
+            if result.outcome == "lost":
+                return Landed(lost=True)
+            self._take(fragment, result)
+            return Landed(
+                contributors=tuple(result.contributors),
+                version=self.comm.version(tag),
+                digest=fragment.state_digest(),
+            )
+
+        self._flights[tag] = Flight(
+            due=self.global_step + self.schedule.overlap,
+            tokens=tokens,
+            delta=delta,
+            residual=before,
+            done=in_background(fly, f"round of fragment {tag}"),
+        )
+
+    def _arrive(self, fragment: Fragment, flight: Flight) -> Landed | None:
+        """Waits for the flight's end and takes note of it. None: it was lost to us."""
+        landed = flight.done.result()
+        if landed.lost:
             self._late.add(fragment.tag)
+            self._give_back(fragment, flight)
+            if self.schedule.late:
+                fragment.move(flight.delta, -1.0)
             self._catch_up(fragment, wait=True)
-            return
-        counted = self.comm.peer in result.contributors
-        drift = None if counted else fragment.drift(torch.empty_like(fragment.theta))
-        self._take(fragment, result)
-        if drift is not None:
+            return None
+        fragment.version, fragment.digest = landed.version, landed.digest
+        self.last_contributors = landed.contributors
+        if landed.counted(self.comm.peer):
+            self._late.discard(fragment.tag)
+        else:
             self._late.add(fragment.tag)
-            fragment.write(fragment.theta - drift)
-            return
-        self._late.discard(fragment.tag)
-        fragment.tokens -= fragment.tokens_sent
-        local = fragment.read_local(fragment.workspace)
-        fragment.write(self.merge.mix(local, fragment.theta))
+        return landed
+
+    def _land(self, fragment: Fragment) -> bool:
+        """A result enters the local parameters, and no other round of the fragment begins."""
+        flight = self._flights.pop(fragment.tag)
+        landed = self._arrive(fragment, flight)
+        if landed is None:
+            return True
+        counted = landed.counted(self.comm.peer)
+        if counted and not self.schedule.late:
+            self._enter(fragment, None, len(landed.contributors))
+            return True
+        if self.schedule.late:
+            self.merge.forget(fragment)
+        fragment.follow()
+        if not counted:
+            self._give_back(fragment, flight)
+            if self.schedule.late:
+                fragment.move(flight.delta, -1.0)
+        return True
+
+    def _enter(self, fragment: Fragment, sent: Tensor | None, peers: int) -> None:
+        active = max(sum(one.active for one in self.comm.members), 1)
+        with torch.no_grad():
+            self.merge.enter(fragment, self.update, sent, 1.0 / active, peers or active)
+
+    def _give_back(self, fragment: Fragment, flight: Flight) -> None:
+        """Its progress counts later: it was in nobody's mean."""
+        fragment.tokens += flight.tokens
+        self._restore(fragment, flight)
+
+    def _restore(self, fragment: Fragment, flight: Flight) -> None:
+        if flight.residual is not None:
+            self.residuals[fragment.tag].copy_(flight.residual)
 
     def _catch_up(self, fragment: Fragment, wait: bool = False) -> None:
         """Rounds that went on without us: the outer parameters move, and our progress with them."""
-        before = self.comm.version(fragment.tag)
-        drift = fragment.drift(torch.empty_like(fragment.theta))
+        before = fragment.version
         after = self.comm.catch_up(fragment.tag, self._applier(fragment), wait=wait)
         if after == before:
             return
-        fragment.write(fragment.theta - drift)
+        fragment.follow()
+        self.merge.forget(fragment)
+        self._holds(fragment, after)
         self._late.add(fragment.tag)
         step = self._step_of_state()  # lower when the run began again from an older state
         self.global_step = step if after < before else max(self.global_step, step)
 
+    def _holds(self, fragment: Fragment, version: int) -> None:
+        fragment.version, fragment.digest = version, fragment.state_digest()
+
     def _applier(self, fragment: Fragment) -> Any:
-        return lambda result: self._take(fragment, result)
+        def apply(result: Result) -> None:
+            self._take(fragment, result)
+            self.last_contributors = tuple(result.contributors)
+
+        return apply
 
     def _take(self, fragment: Fragment, result: Result) -> None:
         """One round's effect on the shared state: the same on every peer, whoever it is."""
         with self.comm.updating(fragment.tag):
             self._move(fragment, result)
-        self.last_contributors = result.contributors
 
+    @torch.no_grad()
     def _move(self, fragment: Fragment, result: Result) -> None:
-        """Element by element, so that a newcomer can follow rounds while it fetches the state."""
-        if not result.contributors:
+        value = self.codec.mean(result, fragment.elements)
+        if value is None:
             return
-        value = torch.as_tensor(result.tensor)
         if not fragment.started.item():
             fragment.theta.copy_(value)
             fragment.started.fill_(result.seq + 1)
         else:
-            self.update.apply(fragment.theta, value, fragment.buffers)
+            state = {**fragment.buffers, **fragment.scalars}
+            self.update.apply(fragment.theta, value, state, len(result.contributors))
 
     def _effect_on(self, fragment: Fragment) -> Callable[[Result], None]:
+        """For a newcomer that follows rounds while it fetches the state."""
         return lambda result: self._move(fragment, result)
 
-    # --- what others may ask
+    # --- the end, and what others may ask
+
+    def finish(self) -> None:
+        """Waits for every round under way and takes its result: call it after the last step."""
+        started_s = time.perf_counter()
+        for tag in sorted(self._flights):
+            self._land(self.fragments[tag])
+        self.sync_s += time.perf_counter() - started_s
+
+    def settle(self) -> None:
+        """Waits until theta holds every round that was sent; the local parameters stay."""
+        for flight in self._flights.values():
+            flight.done.result()
 
     def rounds(self, tag: int = 0) -> int:
-        """Outer steps that the fragment has made."""
-        started = int(self.fragments[tag].started.item())
-        return self.comm.version(tag) - started if started else 0
+        """Outer steps of the fragment that the local parameters know of."""
+        fragment = self.fragments[tag]
+        started = int(fragment.started.item())
+        return fragment.version - started if started else 0
 
     def digest(self) -> str:
-        """SHA-256 of the shared state of all fragments (parameters, buffers, versions)."""
+        """SHA-256 of versions and shared state of all fragments, as the local parameters know it:
+        equal on all peers at one global step. What is on its way is not waited for."""
         total = hashlib.sha256()
         for fragment in self.fragments:
-            total.update(self.comm.version(fragment.tag).to_bytes(8, "little"))
-            for tensor in fragment.state.values():
-                total.update(tensor.numpy().tobytes())
+            total.update(fragment.version.to_bytes(8, "little"))
+            total.update(fragment.digest)
         return total.hexdigest()
-
-    def _state_digest(self, fragment: Fragment) -> int:
-        total = hashlib.sha256()
-        for tensor in fragment.state.values():
-            total.update(tensor.numpy().tobytes())
-        return int.from_bytes(total.digest()[:8], "little")
 
     @contextmanager
     def swapped(self) -> Iterator[nn.Module]:
-        """Inside, the model holds the outer parameters: what to evaluate and to save."""
+        """Inside, the model holds the outer parameters: what to evaluate and to save. Every round
+        that was sent is in them, so all peers at one global step see the same."""
+        self.settle()
         local = [
             fragment.read_local(torch.empty_like(fragment.theta)) for fragment in self.fragments
         ]
@@ -248,49 +376,26 @@ class OuterOptimizer:
                 fragment.write(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs beside the inner optimizer. Take it between rounds."""
-        assert not self._works, "a round is in flight"
-        tensors = {f"{f.tag}.{key}": t for f in self.fragments for key, t in f.state.items()}
-        tensors |= {f"{tag}.residual": t for tag, t in self.residuals.items()}
-        return {
-            "versions": [self.comm.version(f.tag) for f in self.fragments],
-            "tokens": [f.tokens for f in self.fragments],
-            "tensors": tensors,
-        }
-
-    def _load(self, state: dict[str, Any]) -> list[int]:
-        tensors: dict[str, Tensor] = state["tensors"]
-        versions = [int(version) for version in state["versions"]]
-        if len(versions) != len(self.fragments):
-            raise StateError(
-                f"the saved state has {len(versions)} fragments, this schedule has "
-                f"{len(self.fragments)}; resume with the options the run was started with"
-            )
-        for fragment in self.fragments:
-            places = {f"{fragment.tag}.{key}": t for key, t in fragment.state.items()}
-            if fragment.tag in self.residuals:
-                places[f"{fragment.tag}.residual"] = self.residuals[fragment.tag]
-            for key, place in places.items():
-                saved = tensors.get(key)
-                if saved is None or saved.shape != place.shape:
-                    found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
-                    raise StateError(
-                        f"the saved state has {found} for {key}, expected {tuple(place.shape)};"
-                        " resume with the options the run was started with"
-                    )
-                place.copy_(saved)
-            fragment.tokens = float(state["tokens"][fragment.tag])
-        return versions
+        """Everything a resume needs beside the inner optimizer, rounds under way included."""
+        return saved.save(self)
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> None:
+def check_optimizers(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    trained: dict[str, nn.Parameter],
+) -> list[torch.optim.Optimizer]:
+    """The optimizers as a list, when all they train is the model's."""
+    listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     if not trained:
         raise ConfigError("the model has no parameter that needs a gradient; nothing to train")
     known = {id(p) for p in trained.values()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and id(parameter) not in known:
-                raise ConfigError(
-                    f"the optimizer trains a parameter of shape {tuple(parameter.shape)} that is "
-                    "not the model's: it would never be synchronised; give the module that owns it"
-                )
+    for one in listed:
+        for group in one.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and id(parameter) not in known:
+                    raise ConfigError(
+                        f"the optimizer trains a parameter of shape {tuple(parameter.shape)} that"
+                        " is not the model's: it would never be synchronised; give the module that"
+                        " owns it"
+                    )
+    return listed

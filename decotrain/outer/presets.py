@@ -1,38 +1,180 @@
-"""Outer optimizers by name: each a choice of schedule, codec, update and merge."""
+"""Outer optimizers by one word: each a choice of schedule, codec, update and merge.
+
+    outer = make("streaming", model, optimizer, comm, sync_every=100, codec="e2m1+int8")
+
+The keyword arguments of a function below are the options of its preset; configs/outer/ holds the
+same for `decotrain train`. lr=None is the published rate for the number of contributors.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from decotrain.communicator import Communicator
-from decotrain.outer.codec import CodecChoice
+from decotrain.errors import ConfigError
+from decotrain.outer.codec import CodecChoice, TopK
+from decotrain.outer.merge import Eager, Mix, Replace
 from decotrain.outer.optimizer import OuterOptimizer
-from decotrain.outer.schedule import EveryH
-from decotrain.outer.update import Nesterov
+from decotrain.outer.schedule import EveryH, Staggered
+from decotrain.outer.update import SGD, ClippedMomentum, DelayedNesterov, Nesterov
+
+Choices = dict[str, Any]  # the four, as OuterOptimizer takes them
 
 
-def DiLoCo(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    comm: Communicator,
+def local_sgd(
+    *, sync_every: int = 100, codec: str = "f32", error_feedback: bool = False
+) -> Choices:
+    """The mean of the parameters, every `sync_every` steps."""
+    return {
+        "schedule": EveryH(sync_every),
+        "codec": CodecChoice.named(codec, error_feedback),
+        "update": SGD(1.0),
+    }
+
+
+def diloco(
     *,
     sync_every: int = 100,
-    lr: float = 0.7,
+    lr: float | None = None,
     momentum: float = 0.9,  # 0.6 when the run has fewer than 100 rounds
     codec: str = "f32",
     error_feedback: bool = False,
-    state: dict[str, Any] | None = None,
-) -> OuterOptimizer:
+) -> Choices:
     """Everything every `sync_every` steps, Nesterov outside, replace (arXiv 2311.08105)."""
-    return OuterOptimizer(
-        model,
-        optimizer,
-        comm,
-        schedule=EveryH(sync_every),
-        codec=CodecChoice.named(codec, error_feedback),
-        update=Nesterov(lr, momentum),
-        state=state,
-    )
+    return {
+        "schedule": EveryH(sync_every),
+        "codec": CodecChoice.named(codec, error_feedback),
+        "update": Nesterov(lr, momentum),
+    }
+
+
+def streaming(
+    *,
+    sync_every: int = 100,
+    layers: int = 3,  # in a fragment
+    pattern: str = "strided",  # or sequential
+    overlap: int = 1,  # inner steps that a round has until its result is used
+    alpha: float = 0.5,  # how much of the local parameters stays
+    lr: float | None = None,
+    momentum: float = 0.9,
+    codec: str = "f32",
+    error_feedback: bool = False,
+) -> Choices:
+    """One fragment of a few layers after the other, while training goes on (arXiv 2501.18512)."""
+    return {
+        "schedule": Staggered(sync_every, layers, pattern, overlap),
+        "codec": CodecChoice.named(codec, error_feedback),
+        "update": Nesterov(lr, momentum),
+        "merge": Mix(alpha) if alpha else Replace(),
+    }
+
+
+def eager(
+    *,
+    sync_every: int = 100,
+    lr: float | None = 0.4,
+    momentum: float = 0.9,
+    codec: str = "f32",
+    error_feedback: bool = False,
+) -> Choices:
+    """A whole round for the transfer, our own part of the mean at once (arXiv 2502.12996)."""
+    return {
+        "schedule": EveryH(sync_every, overlap=sync_every),
+        "codec": CodecChoice.named(codec, error_feedback),
+        "update": Nesterov(lr, momentum),
+        "merge": Eager(),
+    }
+
+
+def co2(
+    *,
+    sync_every: int = 48,
+    lr: float | None = 1.0,
+    momentum: float = 0.0,  # up to 16 peers; 0.2 up to 32, 0.5 up to 64
+    clip: float = 1.0,
+    penalty: bool = True,
+    codec: str = "f32",
+    error_feedback: bool = False,
+) -> Choices:
+    """One round late, with a penalty on staleness and clipped momentum (arXiv 2401.16265)."""
+    return {
+        "schedule": EveryH(sync_every, overlap=sync_every),
+        "codec": CodecChoice.named(codec, error_feedback),
+        "update": ClippedMomentum(lr, momentum, clip, penalty),
+    }
+
+
+def sparseloco(
+    *, sync_every: int = 30, lr: float | None = 1.0, keep: int = 64, decay: float = 0.95
+) -> Choices:
+    """The largest 64 of every 4096 values in two bits, error feedback (arXiv 2508.15706)."""
+    return {"schedule": EveryH(sync_every), "codec": TopK(keep, decay), "update": SGD(lr)}
+
+
+def delayed_nesterov(
+    *,
+    sync_every: int = 50,  # of the fastest peer; the others enter with the steps they have
+    delay: int = 4,  # contributions between two steps of the momentum: the number of peers
+    lr: float | None = None,
+    momentum: float = 0.9,
+    codec: str = "f32",
+    error_feedback: bool = False,
+) -> Choices:
+    """For peers of unequal speed that arrive one by one (arXiv 2401.09135)."""
+    return {
+        "schedule": EveryH(sync_every, hurry=True),
+        "codec": CodecChoice.named(codec, error_feedback),
+        "update": DelayedNesterov(lr, momentum, delay),
+    }
+
+
+def muloco(
+    *,
+    sync_every: int = 30,
+    lr: float | None = 0.8,
+    momentum: float = 0.9,
+    codec: str = "e2m1+int8",
+    error_feedback: bool = True,
+    decay: float = 0.9,  # of what the codec lost
+) -> Choices:
+    """DiLoCo for Muon inside: few bits, and error feedback that fades (arXiv 2505.23725)."""
+    return {
+        "schedule": EveryH(sync_every),
+        "codec": CodecChoice.named(codec, error_feedback, decay),
+        "update": Nesterov(lr, momentum),
+    }
+
+
+PRESETS: dict[str, Callable[..., Choices]] = {
+    preset.__name__: preset
+    for preset in (local_sgd, diloco, streaming, eager, co2, sparseloco, delayed_nesterov, muloco)
+}
+
+
+def options_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """The options of a preset, by name."""
+    if name not in PRESETS:
+        raise ConfigError(f"outer={name} is unknown; there are {', '.join(PRESETS)}")
+    return inspect.signature(PRESETS[name]).parameters
+
+
+def make(
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    comm: Communicator,
+    *,
+    state: dict[str, Any] | None = None,
+    **options: Any,
+) -> OuterOptimizer:
+    """The outer optimizer of that name, with options of its own."""
+    known = options_of(name)
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"{name} has no option {option}; there are {', '.join(known)}")
+    return OuterOptimizer(model, optimizer, comm, **PRESETS[name](**options), state=state)

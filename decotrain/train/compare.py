@@ -21,7 +21,7 @@ from decotrain.train.metrics import Event, Tail
 from decotrain.units import size
 
 ENDS = ("summary", "interrupted")  # what a launcher notes last
-HEAD = ("run", "held-out loss", "steps", "tokens", "sent", "time", "in sync")
+HEAD = ("run", "held-out loss", "steps", "tokens", "sent", "time", "computing")
 LAST = "last loss"  # its name while a run goes on: measured on fewer windows than the final one
 # What differs between any two runs, and says nothing about them.
 NAMES = ("name", "folder", "resume", "listen")
@@ -48,7 +48,7 @@ class Run:
     folder: Path
     config: Mapping[str, Any]
     points: list[Point] = field(default_factory=list)
-    sync_fractions: dict[str, float] = field(default_factory=dict)  # by peer
+    utilisations: dict[str, float] = field(default_factory=dict)  # by peer
     sent_bytes: float = 0.0  # by all peers, up to their last words
     seconds: float = 0.0
     final_loss: float | None = None  # of the summary, when the run has ended
@@ -59,8 +59,8 @@ class Run:
         return self.points[-1]
 
     @property
-    def sync_fraction(self) -> float:
-        values = self.sync_fractions.values()
+    def utilisation(self) -> float:
+        values = self.utilisations.values()
         return sum(values) / max(len(values), 1)
 
 
@@ -98,8 +98,8 @@ class _Reader:
         self._pass_time(event)
         if isinstance(event.get("sent_bytes"), int | float) and peer:
             self.sent[peer] = event["sent_bytes"]
-        if isinstance(event.get("sync_fraction"), int | float):
-            self.run.sync_fractions[peer] = event["sync_fraction"]
+        if isinstance(event.get("utilisation"), int | float):
+            self.run.utilisations[peer] = event["utilisation"]
         if peer:
             self.run.sent_bytes = self.sent_before + sum(self.sent.values())
             self.run.seconds = self.seconds
@@ -116,7 +116,7 @@ class _Reader:
             self.run.points = [point for point in self.run.points if point.step <= step]
         if self.ended and step == 0:
             self.sent, self.sent_before, self.seconds, self.told_s = {}, 0.0, 0.0, None
-            self.run.sync_fractions.clear()
+            self.run.utilisations.clear()
         self.ended, self.run.final_loss = False, None
 
     def _pass_time(self, event: Event) -> None:
@@ -206,7 +206,7 @@ def table(runs: Sequence[Run]) -> str:
     cells = [
         [
             run.label, f"{loss:.4f}", str(run.last.step), f"{run.last.tokens / 1e6:.3g} M",
-            size(run.sent_bytes), f"{run.seconds:.0f} s", f"{run.sync_fraction:.1%}",
+            size(run.sent_bytes), f"{run.seconds:.0f} s", f"{run.utilisation:.1%}",
         ]
         for loss, run in sorted(zip(losses, runs, strict=True), key=lambda pair: pair[0])
     ]  # fmt: skip
@@ -255,7 +255,7 @@ def board(runs: Sequence[Run], folder: Path, figure: Any | None) -> None:
         figures = {
             "end/held_out": run.last.loss, "end/tokens": run.last.tokens,
             "end/sent_bytes": run.sent_bytes, "end/seconds": run.seconds,
-            "end/sync_fraction": run.sync_fraction,
+            "end/utilisation": run.utilisation,
         }  # fmt: skip
         name = "".join(c if c.isalnum() or c in "=+-._" else "_" for c in run.label)
         with SummaryWriter(str(folder / name)) as writer:

@@ -63,7 +63,7 @@ class RunLog:
     """The log of a run. TensorBoard is imported when the first scalar comes."""
 
     SCALARS = (
-        "loss", "held_out", "accuracy", "tokens_per_s", "steps_per_s", "sync_fraction",
+        "loss", "held_out", "accuracy", "tokens_per_s", "steps_per_s", "utilisation",
         "sent_bytes", "bytes_per_step", "lr",
     )  # fmt: skip
 

@@ -34,10 +34,21 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OuterSettings:
+    """The preset and its options; None: the preset's own value, or an option it does not have."""
+
     preset: str
-    sync_every: int
-    lr: float
-    momentum: float
+    sync_every: int  # ddp: steps between two lines in the log
+    lr: float | None = None  # None: by the number of contributors
+    momentum: float | None = None
+    layers: int | None = None
+    pattern: str | None = None
+    overlap: int | None = None
+    alpha: float | None = None
+    clip: float | None = None
+    penalty: bool | None = None
+    delay: int | None = None
+    keep: int | None = None
+    decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,9 @@ class CodecSettings:
 
 @dataclass(frozen=True)
 class InnerSettings:
+    optimizer: str
     lr: float
+    muon_lr: float
     betas: tuple[float, float]
     weight_decay: float
     clip: float
@@ -114,7 +127,15 @@ LIMITS: dict[str, tuple[float, float]] = {
     "outer.sync_every": (1, 10**9),
     "outer.lr": (0, 100),
     "outer.momentum": (0, 0.9999),
+    "outer.layers": (1, 10**6),
+    "outer.overlap": (0, 10**9),
+    "outer.alpha": (0, 1),
+    "outer.clip": (0, 1e9),
+    "outer.delay": (1, PEERS_MAX),
+    "outer.keep": (1, 4096),
+    "outer.decay": (0, 1),
     "inner.lr": (0, 100),
+    "inner.muon_lr": (0, 100),
     "inner.weight_decay": (0, 100),
     "inner.clip": (1e-6, 1e9),
     "inner.warmup_steps": (0, 10**9),
@@ -122,7 +143,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "every.evaluation": (1, 10**9),
     "every.checkpoint": (1, 10**9),
 }
-CHOICES = {"resume": ("never", "auto"), "outer.preset": ("diloco",)}
+CHOICES = {
+    "resume": ("never", "auto"),
+    "inner.optimizer": ("adamw", "muon"),
+    "outer.preset": (
+        "local_sgd", "diloco", "streaming", "eager", "co2", "sparseloco", "delayed_nesterov",
+        "muloco",
+    ),
+}  # fmt: skip
 
 
 def parse(config: Mapping[str, Any]) -> Settings:

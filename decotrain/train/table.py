@@ -34,7 +34,7 @@ class PeerRow:
     round: int = 0
     loss: float = math.nan
     tokens_per_s: float = 0.0
-    sync_fraction: float = 0.0
+    utilisation: float = 1.0
     sent_bytes: float = 0.0
     sent_bytes_before: float = 0.0
     incarnation: int = 0
@@ -72,7 +72,7 @@ class Board:
         """A line of a peer's journal."""
         row = self.rows[name]
         kind = event["event"]
-        shown = ("step", "round", "loss", "tokens_per_s", "sync_fraction", "sent_bytes")
+        shown = ("step", "round", "loss", "tokens_per_s", "utilisation", "sent_bytes")
         for key in shown if kind != "evaluation" else ():
             if isinstance(event.get(key), int | float):
                 setattr(row, key, event[key])
@@ -131,14 +131,14 @@ def draw(board: Board) -> Group:
     table = Table(expand=False)
     for title in ("peer", "state", "role"):
         table.add_column(title)
-    for title in ("step", "tokens/s", "train loss", "rounds", "sent", "in sync"):
+    for title in ("step", "tokens/s", "train loss", "rounds", "sent", "computing"):
         table.add_column(title, justify="right")
     styles = {"lost": "red", "starting": "yellow", "finished": "green"}
     for row in board.rows.values():
         loss = "" if math.isnan(row.loss) else f"{row.loss:.3f}"
         table.add_row(
             row.name, row.state, row.role, str(row.step), f"{row.tokens_per_s:,.0f}", loss,
-            str(row.round), size(row.sent_bytes_total), f"{row.sync_fraction:.0%}",
+            str(row.round), size(row.sent_bytes_total), f"{row.utilisation:.0%}",
             style=styles.get(row.state, ""),
         )  # fmt: skip
     lines = [Text(line) for line in list(board.events)[-EVENTS_SHOWN:]]

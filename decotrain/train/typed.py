@@ -18,7 +18,7 @@ Choices = Mapping[str, tuple[str, ...]]
 
 
 def build(kind: type[Kind], config: Mapping[str, Any]) -> Kind:
-    """Every field there, nothing else, all of the right type."""
+    """Every field there (but those with a default), nothing else, all of the right type."""
     made: Kind = _build(kind, config, "")
     return made
 
@@ -27,7 +27,7 @@ def check(settings: Any, limits: Limits, choices: Choices) -> None:
     """Every value within its bounds."""
     for key, (least, most) in limits.items():
         value = _at(settings, key)
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise ConfigError(f"{key}={value} is out of range; it lies between {least} and {most}")
     for key, allowed in choices.items():
         if _at(settings, key) not in allowed:
@@ -44,29 +44,33 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'} must have keys and values")
     hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
+    fields = dataclasses.fields(kind)
+    names = [field.name for field in fields]
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
     for key in values:
         if key not in names:
             raise ConfigError(f"unknown key {prefix}{key}; there are {', '.join(names)}")
     made = {}
     for name in names:
-        if name not in values:
+        if name in values:
+            made[name] = _value(hints[name], values[name], prefix + name)
+        elif name not in optional:
             raise ConfigError(f"{prefix}{name} is missing")
-        made[name] = _value(hints[name], values[name], prefix + name)
     return kind(**made)
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, key + ".")
+    kinds = [one for one in typing.get_args(hint) if one is not type(None)]
+    if len(kinds) == 1 and type(None) in typing.get_args(hint):  # a type, or null
+        return None if value is None else _value(kinds[0], value, key)
     if hint is float and type(value) in (int, float):
         return float(value)
     if hint in (int, bool) and type(value) is hint:
         return value
     if hint is str and isinstance(value, str | int | float):
         return str(value)
-    if hint == (str | None) and isinstance(value, str | int | None):
-        return None if value is None else str(value)
     if hint == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return (_value(float, value[0], key), _value(float, value[1], key))
     wanted = {int: "a whole number", float: "a number", bool: "true or false"}

@@ -9,14 +9,12 @@ Started by the launcher; what it prints goes to peer-2.log, what it measures to 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,12 +23,15 @@ from decotrain.communicator import Communicator
 from decotrain.data import Batches, Corpus, SampleOrder, open_corpus
 from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
-from decotrain.outer import DiLoCo, OuterOptimizer
+from decotrain.outer import OuterOptimizer, make
+from decotrain.outer.presets import options_of
 from decotrain.train import peer
+from decotrain.train.inner import make_optimizers, set_rates
 from decotrain.train.metrics import Journal
-from decotrain.train.settings import InnerSettings, Settings, parse
+from decotrain.train.settings import Settings, parse
 
 EVALUATION_BATCH = 32
+ALONE = "alone"  # name of the peer that trains without a run
 
 
 def make_model(settings: Settings) -> Transformer:
@@ -42,24 +43,6 @@ def make_model(settings: Settings) -> Transformer:
             model.layers, model.width, model.heads, model.kv_heads, model.hidden, model.context
         )
     )
-
-
-def make_optimizer(model: nn.Module, inner: InnerSettings) -> torch.optim.AdamW:
-    """AdamW; matrices decay, gains do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": inner.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=inner.lr, betas=inner.betas, fused=True)
-
-
-def lr_at(step: int, steps: int, inner: InnerSettings) -> float:
-    """Linear warm-up, then a cosine down to a fraction."""
-    warm = min(1.0, (step + 1) / max(inner.warmup_steps, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
-    return inner.lr * warm * (inner.final_lr + (1 - inner.final_lr) * cosine)
 
 
 @torch.no_grad()
@@ -81,28 +64,31 @@ class Trainer:
         self.corpus = open_corpus(settings.data.path, settings.model.context)
         context = settings.model.context
         order = SampleOrder(len(self.corpus.train), context, settings.seed)
-        self.batches = Batches(
-            self.corpus, order, context, settings.batch, settings.outer.sync_every
-        )
+        lanes = 1 if peer == ALONE else settings.peers
+        self.lane = 0 if peer == ALONE else int(peer.rpartition("-")[2]) - 1
+        self.batches = Batches(self.corpus, order, context, settings.batch, lanes)
         self.model = make_model(settings)
-        self.inner = make_optimizer(self.model, settings.inner)
+        self.inner = make_optimizers(self.model, settings.inner)
         self.tokens = settings.batch * context  # of one inner step
-        self.started_s = self.told_s = time.perf_counter()
+        self.told_s = time.perf_counter()
+        self.computing_s = 0.0  # in inner steps
         self.told_steps = self.steps = 0
         self.losses: list[float] = []
 
-    def inner_step(self, global_step: int, windows: np.ndarray[Any, Any]) -> None:
+    def inner_step(self, global_step: int) -> None:
         """One step of the inner optimizer on one batch."""
-        lr = lr_at(global_step, self.settings.steps, self.settings.inner)
-        for group in self.inner.param_groups:
-            group["lr"] = lr
+        started_s = time.perf_counter()
+        windows = self.batches.at(global_step, self.lane)
+        self.lr = set_rates(self.inner, global_step, self.settings.steps, self.settings.inner)
         loss = loss_of(self.model, torch.from_numpy(windows))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.inner.clip)
-        self.inner.step()
-        self.inner.zero_grad()
+        for optimizer in self.inner:
+            optimizer.step()
+            optimizer.zero_grad()
         self.losses.append(loss.item())
         self.steps += 1
+        self.computing_s += time.perf_counter() - started_s
 
     def progress(self, step: int, **values: Any) -> dict[str, Any]:
         """A line about the steps since the last one; the figures in it."""
@@ -112,7 +98,7 @@ class Trainer:
             "step": step,
             "loss": sum(self.losses) / max(len(self.losses), 1),
             "tokens_per_s": steps * self.tokens / max(now_s - self.told_s, 1e-9),
-            "lr": self.inner.param_groups[0]["lr"],
+            "lr": self.lr,
             **values,
         }
         self.journal.write("progress", **figures)
@@ -126,15 +112,19 @@ class Trainer:
 
     def save(self, folder: Path, round_number: int, outer: OuterOptimizer | None) -> None:
         """A checkpoint; its model is the outer parameters."""
-        tensors, facts = checkpoint.pack_optimizer(self.inner)
-        tensors["torch_rng"] = torch.get_rng_state()
-        meta: dict[str, Any] = {"inner": facts, "config": peer.config_of(self.folder)}
+        tensors: dict[str, torch.Tensor] = {"torch_rng": torch.get_rng_state()}
+        meta: dict[str, Any] = {"inner": [], "config": peer.config_of(self.folder)}
+        for number, optimizer in enumerate(self.inner):
+            moments, facts = checkpoint.pack_optimizer(optimizer, f"inner{number}")
+            tensors |= moments
+            meta["inner"].append(facts)
         if outer is None:
             model = dict(self.model.state_dict())
         else:
             saved = outer.state_dict()
-            tensors |= {f"outer.{key}": tensor for key, tensor in saved["tensors"].items()}
-            meta["outer"] = {key: saved[key] for key in ("versions", "tokens")}
+            for kind in ("shared", "private"):
+                tensors |= {f"{kind}.{key}": tensor for key, tensor in saved[kind].items()}
+            meta["outer"] = saved["facts"]
             meta["digest"] = outer.digest()
             with outer.swapped():
                 model = {k: t.clone() for k, t in self.model.state_dict().items()}
@@ -146,22 +136,37 @@ class Trainer:
         if saved is None:
             return -1
         try:
-            checkpoint.unpack_optimizer(self.inner, saved.state, saved.meta["inner"])
+            parts = zip(self.inner, saved.meta["inner"], strict=True)
+            for number, (optimizer, facts) in enumerate(parts):
+                checkpoint.unpack_optimizer(optimizer, saved.state, facts, f"inner{number}")
             torch.set_rng_state(saved.state["torch_rng"])
-        except (FileError, KeyError, ValueError):
+        except (FileError, KeyError, TypeError, ValueError):
             return -1  # of another configuration: start with fresh moments
         return saved.round_number
 
 
 def train_alone(trainer: Trainer) -> None:
     """One peer without others: the same number of steps, no rounds."""
-    settings, sync_every = trainer.settings, trainer.settings.outer.sync_every
+    settings = trainer.settings
     for step in range(settings.steps):
-        trainer.inner_step(step, trainer.batches.at(step // sync_every, 0, step % sync_every))
+        trainer.inner_step(step)
         if trainer.due:
             trainer.progress(step + 1)
     trainer.save(trainer.folder / "checkpoints" / trainer.peer, settings.rounds, None)
     trainer.journal.write("end", step=settings.steps)
+
+
+def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> OuterOptimizer:
+    """The preset of the configuration, with the options it has."""
+    settings = trainer.settings
+    options = {key: v for key, v in vars(settings.outer).items() if v is not None}
+    preset = options.pop("preset")
+    known = options_of(preset)
+    if "codec" in known:  # sparseloco has its own
+        options["codec"] = settings.codec.name
+        options["error_feedback"] = settings.codec.error_feedback
+    state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
+    return make(preset, trainer.model, trainer.inner, comm, state=state, **options)
 
 
 def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) -> None:
@@ -169,41 +174,32 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     settings, journal = trainer.settings, trainer.journal
     place = trainer.folder / "checkpoints" / trainer.peer
     inner_round = trainer.load_inner(place)
-    outer = DiLoCo(
-        trainer.model,
-        trainer.inner,
-        comm,
-        sync_every=settings.outer.sync_every,
-        lr=settings.outer.lr,
-        momentum=settings.outer.momentum,
-        codec=settings.codec.name,
-        error_feedback=settings.codec.error_feedback,
-        state=_outer_state(resume),
-    )
+    outer = make_outer(trainer, comm, resume)
+    number = outer.global_step // settings.outer.sync_every
     journal.write(
-        "start", step=outer.global_step, round=outer.rounds(), slot=comm.slot, id=comm.peer,
+        "start", step=outer.global_step, round=number, slot=comm.slot, id=comm.peer,
         inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
-    step_of_round = 0
     while outer.global_step < settings.steps:
-        windows = trainer.batches.at(outer.rounds(), comm.slot, step_of_round)
-        trainer.inner_step(outer.global_step, windows)
-        step_of_round += 1
-        if outer.step(trainer.tokens):
-            step_of_round = 0
-            _after_round(trainer, comm, outer, place)
+        trainer.inner_step(outer.global_step)
+        outer.step(trainer.tokens)
+        if number != (number := outer.global_step // settings.outer.sync_every):
+            _after_round(trainer, comm, outer, place, number)
         if trainer.due:
             comm.set_figures(trainer.progress(outer.global_step, **_figures(trainer, outer)))
+    outer.finish()
     trainer.progress(outer.global_step, **_figures(trainer, outer))
-    trainer.save(place, outer.rounds(), outer)
+    trainer.save(place, number, outer)
     journal.write(
         "end", step=outer.global_step, digest=outer.digest(), **_figures(trainer, outer)
     )  # fmt: skip
 
 
-def _after_round(trainer: Trainer, comm: Communicator, outer: OuterOptimizer, place: Path) -> None:
-    """What a round brings: a line, sometimes an evaluation, sometimes a checkpoint."""
-    settings, number = trainer.settings, outer.rounds()
+def _after_round(
+    trainer: Trainer, comm: Communicator, outer: OuterOptimizer, place: Path, number: int
+) -> None:
+    """What `sync_every` steps bring: a line, sometimes an evaluation, sometimes a checkpoint."""
+    settings = trainer.settings
     trainer.journal.write(
         "round", step=outer.global_step, round=number, digest=outer.digest(), id=comm.peer,
         contributors=len(outer.last_contributors), counted=comm.peer in outer.last_contributors,
@@ -222,23 +218,32 @@ def _after_round(trainer: Trainer, comm: Communicator, outer: OuterOptimizer, pl
 
 
 def _figures(trainer: Trainer, outer: OuterOptimizer) -> dict[str, Any]:
-    elapsed_s = max(time.perf_counter() - trainer.started_s, 1e-9)
+    """utilisation: computing, as a part of computing and waiting for others."""
     return {
-        "round": outer.rounds(),
-        "sync_fraction": outer.sync_s / elapsed_s,
+        "round": outer.global_step // trainer.settings.outer.sync_every,
+        "utilisation": trainer.computing_s / max(trainer.computing_s + outer.sync_s, 1e-9),
         "sent_bytes": outer.comm.figures().get("bytes_out", 0),
     }
 
 
-def _outer_state(resume: Path | None) -> dict[str, Any] | None:
-    """What the outer optimizer starts from, when the run goes on from a checkpoint."""
+def _outer_state(resume: Path | None, place: Path) -> dict[str, Any] | None:
+    """What the outer optimizer starts from, when the run goes on from a checkpoint: our own of the
+    same round if there is one, with our local parameters, else the shared part of another's."""
     if resume is None:
         return None
     saved = checkpoint.read(resume)
-    tensors = {
-        key.removeprefix("outer."): t for key, t in saved.state.items() if key.startswith("outer.")
-    }
-    return {**saved.meta["outer"], "tensors": tensors}
+    own = checkpoint.newest(place)
+    same = own is not None and own.meta.get("digest") == saved.meta["digest"]
+    if own is not None and same and own.round_number == saved.round_number:
+        saved = own
+    kinds: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "private": {}}
+    for key, tensor in saved.state.items():
+        kind, _, rest = key.partition(".")
+        if kind in kinds:
+            kinds[kind][rest] = tensor
+    if saved.path.parent != place:
+        del kinds["private"]
+    return {"facts": saved.meta["outer"], **kinds}
 
 
 def body(asked: argparse.Namespace, config: dict[str, Any], journal: Journal) -> None:

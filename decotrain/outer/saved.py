@@ -1,0 +1,129 @@
+"""An outer optimizer's state as tensors and facts, and back: a resumed run equals one that went on.
+
+*Shared* facts and tensors (outer parameters, buffers, versions, the global step) are the run's, and
+any peer's do. *Private* ones (local parameters, residuals, rounds under way) are one peer's own: a
+peer that resumes from another's state leaves them out and starts from the outer parameters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from decotrain.errors import StateError
+from decotrain.outer.background import ready
+from decotrain.outer.flight import Flight, Landed
+from decotrain.outer.fragment import Fragment
+
+if TYPE_CHECKING:
+    from decotrain.outer.optimizer import OuterOptimizer
+
+
+def save(outer: OuterOptimizer) -> dict[str, Any]:
+    """Waits for rounds under way; their results are in the outer parameters, and noted as due."""
+    outer.settle()
+    shared: dict[str, Tensor] = {}
+    private: dict[str, Tensor] = {}
+    for f in outer.fragments:
+        shared |= {f"{f.tag}.{key}": tensor for key, tensor in f.state.items()}
+        private[f"{f.tag}.local"] = f.read_local(torch.empty_like(f.theta))
+        private |= {f"{f.tag}.{key}": tensor for key, tensor in _own(outer, f).items()}
+    flights = {}
+    for tag, flight in outer._flights.items():
+        landed = flight.done.result()
+        private[f"{tag}.sent"] = flight.delta
+        if flight.residual is not None:
+            private[f"{tag}.residual_before"] = flight.residual
+        flights[str(tag)] = {
+            "due": flight.due,
+            "tokens": flight.tokens,
+            "lost": landed.lost,
+            "counted": landed.counted(outer.comm.peer),
+            "contributors": len(landed.contributors),
+            "version": landed.version,
+            "digest": landed.digest.hex(),
+        }
+    return {
+        "shared": shared,
+        "private": private,
+        "facts": {
+            "step": outer.global_step,
+            "versions": [outer.comm.version(f.tag) for f in outer.fragments],
+            "entered": [f.version for f in outer.fragments],
+            "digests": [f.digest.hex() for f in outer.fragments],
+            "tokens": [f.tokens for f in outer.fragments],
+            "flights": flights,
+        },
+    }
+
+
+def _own(outer: OuterOptimizer, fragment: Fragment) -> dict[str, Tensor]:
+    """What is private and lies where it will be used again."""
+    places = {"base": fragment.base}
+    if fragment.tag in outer.residuals:
+        places["residual"] = outer.residuals[fragment.tag]
+    return places | {
+        f"merge.{key}": tensor for key, tensor in outer.merge.private(fragment).items()
+    }
+
+
+def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
+    """Puts a state back; the versions of the outer parameters. Without "private": those alone."""
+    facts, private = state["facts"], state.get("private")
+    versions = [int(version) for version in facts["versions"]]
+    if len(versions) != len(outer.fragments):
+        raise StateError(
+            f"the saved state has {len(versions)} fragments, this schedule has "
+            f"{len(outer.fragments)}; resume with the options the run was started with"
+        )
+    outer.global_step = int(facts["step"])
+    for f in outer.fragments:
+        _put(state["shared"], {f"{f.tag}.{key}": t for key, t in f.state.items()})
+        f.base.copy_(f.theta)
+        if private is None:
+            f.write(f.theta)
+            f.version, f.digest = versions[f.tag], f.state_digest()
+            continue
+        local = torch.empty_like(f.theta)
+        _put(private, {f"{f.tag}.{key}": t for key, t in _own(outer, f).items()})
+        _put(private, {f"{f.tag}.local": local})
+        f.write(local)
+        f.version = int(facts["entered"][f.tag])
+        f.digest = bytes.fromhex(facts["digests"][f.tag])
+        f.tokens = float(facts["tokens"][f.tag])
+        if (flight := facts["flights"].get(str(f.tag))) is not None:
+            outer._flights[f.tag] = _flight(f.tag, flight, private, outer.comm.peer)
+    return versions
+
+
+def _flight(tag: int, facts: dict[str, Any], private: dict[str, Tensor], peer: int) -> Flight:
+    """A round that was under way has landed since; only its result is still to be used."""
+    others = range(1, int(facts["contributors"]) + (0 if facts["counted"] else 1))
+    return Flight(
+        due=int(facts["due"]),
+        tokens=float(facts["tokens"]),
+        delta=private[f"{tag}.sent"].clone(),
+        residual=private.get(f"{tag}.residual_before"),
+        done=ready(
+            Landed(
+                lost=bool(facts["lost"]),
+                contributors=((peer,) if facts["counted"] else ()) + tuple(-n for n in others),
+                version=int(facts["version"]),
+                digest=bytes.fromhex(facts["digest"]),
+            )
+        ),
+    )
+
+
+def _put(saved: dict[str, Tensor], places: dict[str, Tensor]) -> None:
+    for key, place in places.items():
+        found = saved.get(key)
+        if found is None or found.shape != place.shape:
+            what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise StateError(
+                f"the saved state has {what} for {key}, expected {tuple(place.shape)};"
+                " resume with the options the run was started with"
+            )
+        place.copy_(found)

@@ -1,0 +1,221 @@
+"""Every preset as its formulas stand: n replicas in a loop, float64, no decotrain.
+
+Peers are numbers from 1. A script says who is there after which step (`present`), whose round is
+not counted (`waived`: peer and number of the round, 1, 2, ...) and how many tokens a step is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.outer_runs import MAKING, batch, loss_of
+
+INNER_LR = 0.1
+
+
+class Deep(nn.Module):
+    """Two parameters outside, four layers inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.head = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        out: Tensor = self.head(x)
+        return out
+
+
+def deep(seed: int = 1) -> nn.Module:
+    with MAKING:
+        torch.manual_seed(seed)
+        return Deep()
+
+
+def vector(model: nn.Module, names: Collection[str] | None = None) -> Tensor:
+    """The parameters whose name starts with one of `names` (None: all) as one vector."""
+    found = [p for n, p in model.named_parameters() if names is None or n.startswith(tuple(names))]
+    return torch.cat([p.detach().double().reshape(-1) for p in found])
+
+
+def assign(model: nn.Module, values: Tensor, names: Collection[str] | None = None) -> None:
+    at = 0
+    for name, parameter in model.named_parameters():
+        if names is None or name.startswith(tuple(names)):
+            span = values[at : at + parameter.numel()]
+            parameter.data.copy_(span.view(parameter.shape))
+            at += parameter.numel()
+
+
+@dataclass
+class Script:
+    """Who is there, and what happens to them."""
+
+    steps: int
+    present: Callable[[int], list[int]]  # peers that take step 1, 2, ...
+    waived: set[tuple[int, int]] = field(default_factory=set)
+    tokens: Callable[[int], float] = lambda peer: 1.0
+    make: Callable[[int], nn.Module] = deep
+
+
+@dataclass
+class Naive:
+    """One round's mean, with the weights of those who count."""
+
+    script: Script
+    replicas: dict[int, Any] = field(default_factory=dict)
+    tokens: dict[Any, float] = field(default_factory=dict)  # of (peer, fragment), not counted yet
+
+    def start(self) -> Tensor:
+        return vector(self.script.make(1).double())
+
+    def inner_steps(self, step: int, theta: Tensor, fragments: Collection[Any]) -> list[int]:
+        """Everybody who is there takes a step; a newcomer from theta."""
+        peers = self.script.present(step)
+        for peer in peers:
+            if peer not in self.replicas:
+                self.replicas[peer] = self.script.make(1).double()
+                assign(self.replicas[peer], theta)
+            model = self.replicas[peer]
+            model.zero_grad()
+            loss_of(model, batch(peer, step - 1)).backward()
+            for parameter in model.parameters():
+                parameter.data -= INNER_LR * parameter.grad
+            for fragment in fragments:
+                key = peer, fragment
+                self.tokens[key] = self.tokens.get(key, 0.0) + self.script.tokens(peer)
+        return peers
+
+    def mean(
+        self, deltas: dict[int, Tensor], fragment: Any, number: int
+    ) -> tuple[Tensor, set[int]]:
+        """(mean, who counted)"""
+        counted = [p for p in deltas if (p, number) not in self.script.waived]
+        total = sum(self.tokens[p, fragment] for p in counted)
+        mean = sum(deltas[p] * (self.tokens[p, fragment] / total) for p in counted)
+        for peer in counted:
+            self.tokens[peer, fragment] = 0.0
+        return mean, set(counted)
+
+
+def streaming(
+    script: Script, groups: list[list[str]], every: int, overlap: int, alpha: float,
+    lr: float, momentum: float,
+) -> list[dict[int, Tensor]]:  # fmt: skip
+    """Local parameters of each peer after each step (Douillard et al. 2025, algorithm 2)."""
+    naive = Naive(script)
+    whole = script.make(1).double()
+    theta = {p: vector(whole, names) for p, names in enumerate(groups)}
+    m = {p: torch.zeros_like(t) for p, t in theta.items()}
+    offsets = [p * every // len(groups) for p in range(len(groups))]
+    flying: dict[int, tuple[Tensor, set[int], set[int]]] = {}
+    out = []
+
+    def landed(p: int) -> tuple[Tensor, Tensor]:
+        new_m = momentum * m[p] + flying[p][0]
+        return new_m, theta[p] - lr * (flying[p][0] + momentum * new_m)
+
+    for t in range(1, script.steps + 1):
+        for p, names in enumerate(groups):  # what a newcomer gets: rounds under way included
+            assign(whole, landed(p)[1] if p in flying else theta[p], names)
+        peers = naive.inner_steps(t, vector(whole), range(len(groups)))
+        for p, names in enumerate(groups):
+            since = t - offsets[p]
+            if since % every == 0 and since >= every:
+                deltas = {i: theta[p] - vector(naive.replicas[i], names) for i in peers}
+                flying[p] = (*naive.mean(deltas, p, since // every), set(peers))
+            if (since - overlap) % every == 0 and p in flying:
+                old = theta[p]
+                m[p], theta[p] = landed(p)
+                _, counted, took_part = flying.pop(p)
+                for i in took_part & set(peers):
+                    w = vector(naive.replicas[i], names)
+                    new = alpha * w + (1 - alpha) * theta[p]
+                    assign(naive.replicas[i], new if i in counted else w + theta[p] - old, names)
+        out.append({i: vector(naive.replicas[i]) for i in peers})
+    return out
+
+
+def eager(
+    script: Script, every: int, lr: float, momentum: float
+) -> list[dict[int, Tensor]]:  # fmt: skip
+    """Each peer has a theta and an m of its own (Kale et al. 2025); nobody is waived."""
+    naive = Naive(script)
+    start = naive.start()
+    theta: dict[int, Tensor] = {}
+    m: dict[int, Tensor] = {}
+    before: dict[int, Tensor] = {}
+    mean = torch.zeros_like(start)
+    out = []
+    for t in range(1, script.steps + 1):
+        peers = naive.inner_steps(t, start, [0])
+        if t % every == 0:
+            deltas = {}
+            for i in peers:
+                at = theta.setdefault(i, start)
+                deltas[i] = at - vector(naive.replicas[i])
+                g = mean + (deltas[i] - before.get(i, torch.zeros_like(start))) / len(peers)
+                m[i] = momentum * m.get(i, torch.zeros_like(start)) + g
+                theta[i] = at - lr * (g + momentum * m[i])
+                assign(naive.replicas[i], theta[i])
+            mean, _ = naive.mean(deltas, 0, t // every)
+            before = deltas
+        out.append({i: vector(naive.replicas[i]) for i in peers})
+    return out
+
+
+def late(
+    script: Script,
+    every: int,
+    apply: Callable[[Tensor, Tensor, dict[str, Any]], Tensor],
+) -> list[dict[int, Tensor]]:
+    """The mean of round t - 1 is used at the end of round t, and everybody starts from there."""
+    naive = Naive(script)
+    theta = naive.start()
+    memory: dict[str, Any] = {}
+    flying: tuple[Tensor, set[int], dict[int, Tensor]] | None = None
+    out = []
+    for t in range(1, script.steps + 1):
+        peers = naive.inner_steps(t, theta, [0])
+        if t % every == 0:
+            deltas = {i: theta - vector(naive.replicas[i]) for i in peers}
+            lost: dict[int, Tensor] = {}
+            if flying is not None:
+                delta, counted, sent = flying
+                theta = apply(theta, delta, memory)
+                lost = {i: d for i, d in sent.items() if i not in counted}
+            flying = (*naive.mean(deltas, 0, t // every), deltas)
+            for i in peers:
+                assign(naive.replicas[i], theta - lost.get(i, 0.0))
+        out.append({i: vector(naive.replicas[i]) for i in peers})
+    return out
+
+
+def co2(momentum: float, clip: float, lr: float = 1.0) -> Any:
+    """CO2's outer step, penalty and clip included; the gap's reference is the mean's own length."""
+
+    def apply(theta: Tensor, delta: Tensor, memory: dict[str, Any]) -> Tensor:
+        gap = 1 + memory.get("move", torch.zeros(())).norm() / delta.norm()
+        m = momentum * memory.get("m", torch.zeros_like(theta)) + delta / gap
+        memory["m"] = m.clamp(-clip, clip)
+        memory["move"] = lr * memory["m"]
+        return theta - memory["move"]
+
+    return apply
+
+
+def nesterov(lr: float, momentum: float) -> Any:
+    def apply(theta: Tensor, delta: Tensor, memory: dict[str, Any]) -> Tensor:
+        memory["m"] = momentum * memory.get("m", torch.zeros_like(theta)) + delta
+        return theta - lr * (delta + momentum * memory["m"])
+
+    return apply
