@@ -97,6 +97,7 @@ std::uint64_t Impl::begin(BeginArgs args, double now) {
   }
   if (!round.known) round.set_spec(args.spec);
   round.begun = true;
+  if (roles.self < kMaxPeers) round.arrived[roles.self] = now;
   round.contributes = roles.self_active() && args.weight > 0.0;
   round.skips = roles.self_active() && !round.contributes;
   round.weight = args.weight;
@@ -125,6 +126,8 @@ void Impl::end(Round& round, Outcome outcome) {
     const auto seq = static_cast<std::int64_t>(round.seq);
     if (seq != tag.run_last + 1) tag.run_first = seq;
     tag.run_last = seq;
+    const auto [slot, seconds] = round.slowest();
+    if (const Member* one = member_at(slot)) held_up_s[one->peer] += seconds;
   }
   tag.next = std::max(tag.next, round.seq + 1);
   if (outcome == Outcome::stable || round.begun) {
@@ -227,6 +230,8 @@ std::uint64_t Engine::next(std::uint32_t tag) const {
   const Tag* const of = impl_->find_tag(tag);
   return of == nullptr ? 0 : of->next;
 }
+
+const std::map<PeerId, double>& Engine::held_up_s() const { return impl_->held_up_s; }
 
 bool Engine::ready(std::uint32_t tag, std::uint64_t seq) const {
   const Tag* const of = impl_->find_tag(tag);

@@ -222,6 +222,8 @@ class Engine {
   const View& view() const;
   bool frozen() const;
   std::vector<Event> take_events();
+  // Seconds for which each peer's contributions alone were waited for here, as owner; so far.
+  const std::map<PeerId, double>& held_up_s() const;
 
 #ifdef DT_PLANT
   void plant(Plant bug);

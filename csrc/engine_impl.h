@@ -158,6 +158,7 @@ struct Engine::Impl {
   std::array<PeerQueue, kMaxPeers> queues;
   std::size_t parked_bytes = 0;
   std::vector<Event> events;
+  std::map<PeerId, double> held_up_s;  // of peers in the view
 #ifdef DT_PLANT
   Plant plant = Plant::none;
   bool planted(Plant bug) const { return plant == bug; }

@@ -345,6 +345,11 @@ View Node::view() {
   return call<View>([this](double) { return engine_.view(); });
 }
 
+Node::Measures Node::measures() {
+  return call<Measures>(
+      [this](double) { return Measures{mesh_->uplink_bps(), engine_.held_up_s()}; });
+}
+
 std::vector<net::LinkStats> Node::links() {
   return call<std::vector<net::LinkStats>>([this](double) { return mesh_->stats(); });
 }

@@ -143,6 +143,11 @@ class Node {
   std::vector<NodeEvent> take_events();
   int event_fd() const { return event_fd_.get(); }  // readable while there are events
   std::vector<net::LinkStats> links();
+  struct Measures {
+    double uplink_bps = 0.0;  // 0: not measured yet
+    std::map<PeerId, double> held_up_s;
+  };
+  Measures measures();
 
  private:
   struct Open {

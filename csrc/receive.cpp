@@ -258,6 +258,7 @@ void Impl::take_contribution(Round& round, const Member& from, const Header& hea
                                      chunk_elements(round.spec, header.chunk)));
   if (sound) {
     chunk.received |= bit(from.slot);
+    round.arrived[from.slot] = now;
     chunk.contributions.push_back({from.slot, weight, incoming.target, incoming.keep});
   } else {
     chunk.waived |= bit(from.slot);

@@ -210,6 +210,20 @@ SlotMask Round::drop_not_finite(std::uint32_t c) {
   return dropped;
 }
 
+std::pair<std::uint8_t, double> Round::slowest() const {
+  double last = 0.0;
+  double before = 0.0;
+  std::uint8_t who = kNoSlot;
+  for (std::uint8_t slot = 0; slot < kMaxPeers; ++slot) {
+    if (arrived[slot] <= before) continue;
+    before = arrived[slot];
+    if (before <= last) continue;
+    std::swap(last, before);
+    who = slot;
+  }
+  return {who, before > 0.0 ? last - before : 0.0};
+}
+
 std::uint64_t Round::compute_digest() const {
   std::vector<std::byte> bytes(chunks.size() * 16);
   std::byte* at = bytes.data();

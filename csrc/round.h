@@ -100,6 +100,8 @@ struct Round {
   Snapshot snapshot;
   std::size_t collect_bytes = 0;
 
+  // When each slot's last contribution came here, our own with begin(); 0: none.
+  std::array<double, kMaxPeers> arrived{};
   SlotMask skipped = 0;
   SlotMask opened = 0;  // who takes frames of this round, in this view
   SlotMask done_from = 0;
@@ -144,6 +146,8 @@ struct Round {
   // Takes out the contributions that are not finite; who they are from.
   SlotMask drop_not_finite(std::uint32_t chunk);
   void set_empty(std::uint32_t chunk, ViewId view);
+  // The slot whose contribution came last, and how much later than the one before it.
+  std::pair<std::uint8_t, double> slowest() const;
   std::uint64_t compute_digest() const;
   // Did an owner refuse a chunk of ours because of a value that `begin` had not looked at?
   bool withdrawn(std::uint8_t self) const;

@@ -126,6 +126,7 @@ bool Impl::install(const Install& plan, double now) {
   adopt_roles();
   frozen = false;
   answered = plan.answers;
+  std::erase_if(held_up_s, [&](const auto& entry) { return member(entry.first) == nullptr; });
   for (PeerQueue& queue : queues) queue.clear();
   if (roles.self == kNoSlot) {
     leave_all();

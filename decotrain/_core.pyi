@@ -301,7 +301,12 @@ class Node:
 
     def links(self) -> list[dict[str, Any]]:
         """
-        One map for each link: peer, up, unix, tls, streams, bytes, rtt_s, rate_bps, via.
+        One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, via.
+        """
+
+    def measures(self) -> dict[str, Any]:
+        """
+        uplink_bps (0: not measured), and for whose contributions alone we waited how long.
         """
 
     def close(self) -> None: ...

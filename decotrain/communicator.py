@@ -267,6 +267,7 @@ class Communicator:
             result.tensors = places
         self._last_seq[held.tag] = max(self._last_seq.get(held.tag, -1), held.seq)
         self._counters["rounds"] += 1
+        self._agent.member.last_round = {"last_round": f"{held.tag}/{held.seq}"}
         shared = self._agent.shared
         with shared.changed:
             shared.open = {key for key in shared.open if key[0] != held.tag or key[1] > held.seq}

@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from decotrain.parent import end_with_parent
 
 EVENTS_SHOWN = 8
+WATCH_S = 1.0
+SLOW_S = 1.0  # waited for one peer alone, before it is worth a line
 
 
 def coordinator(words: list[str]) -> int:
@@ -39,6 +43,7 @@ def coordinator(words: list[str]) -> int:
         action="store_true",
         help="listen to other machines without a token: whoever reaches the port is in the run",
     )
+    parser.add_argument("--metrics", metavar="HOST:PORT", help="a page for Prometheus, plain HTTP")
     parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
     if asked.with_parent:
@@ -56,6 +61,7 @@ def coordinator(words: list[str]) -> int:
         lambda line: print(line, flush=True),
         token=find(asked.token_file),
         insecure=asked.insecure,
+        metrics=asked.metrics,
     )
 
 
@@ -89,31 +95,86 @@ def token(words: list[str]) -> int:
 
 
 def status(words: list[str]) -> int:
-    """Who is in a run."""
+    """Who is in a run, how fast, how stale, and who slows whom."""
     parser = argparse.ArgumentParser(prog="decotrain status", description=status.__doc__)
     parser.add_argument("address", metavar="HOST:PORT", help="of the coordinator")
     parser.add_argument("--run", default="", help="name of the run; whichever is there without it")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
     _add_token(parser)
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     asked = parser.parse_args(words)
-    from decotrain.control.client import status as ask
+    from decotrain.control import client
     from decotrain.control.token import find
 
-    known = ask(asked.address, asked.run, token=find(asked.token_file))
-    if asked.json:
-        print(json.dumps(known, indent=1))
-        return 0
-    print(
-        f"run {known['run']} at {asked.address}: view {known['term']}.{known['epoch']},"
-        f" {known['phase']}, waiting for {known['waiting_for']} more"
-    )
-    for peer in known["peers"]:
-        figures = " ".join(f"{key}={_short(value)}" for key, value in peer["figures"].items())
-        slot = "-" if peer["slot"] is None else peer["slot"]
-        print(f"  {slot:>2} {peer['name']:<20} {peer['role']:<10} {peer['state']:<6} {figures}")
+    token = find(asked.token_file)
+    while True:
+        known = client.status(asked.address, asked.run, token=token)
+        if asked.json:
+            text = json.dumps(known, indent=None if asked.watch else 1)
+        else:
+            text = ("\x1b[H\x1b[2J" if asked.watch else "") + "\n".join(
+                lines_of(known, asked.address)
+            )
+        print(text, flush=True)
+        if not asked.watch:
+            return 0
+        time.sleep(WATCH_S)
+
+
+def lines_of(known: Mapping[str, Any], address: str) -> list[str]:
+    """One screen of status."""
+    peers = known["peers"]
+    active = sum(peer["role"] == "active" for peer in peers)
+    head = f"run {known['run']} at {address}: view {known['term']}.{known['epoch']}"
+    head += f" of generation {known['generation']}, {known['phase']}"
+    head += f", {active} of {len(peers)} peers active"
+    if known["waiting_for"]:
+        head += f", waiting for {known['waiting_for']} more"
+    lines = [head]
+    if peers:
+        lines.append(
+            f"{'':>3} {'peer':<18} {'host':<14} {'role':<9} {'last round':>10} {'heard':>7}"
+            f" {'share':>5} {'can send':>9} {'held up':>8}  figures"
+        )
+    for peer in peers:
+        lines.append(_peer_line(peer))
+        if peer["state"] != "here":
+            lines.append(f"      {peer['state']}")
+    names = {peer["peer"]: peer["name"] for peer in peers}
+    for peer in peers:
+        for link in peer["links"]:
+            lines.append(
+                f"  {peer['name']:>18} -> {names.get(link['peer'], link['peer']):<18}"
+                f" {_rate(link['out_bps']):>9}"
+                + (" same machine" if link["unix"] else f" {1e3 * link['rtt_s']:.1f} ms")
+            )
+        for other in peer["links_down"]:
+            lines.append(f"  {peer['name']:>18} -- {names.get(other, other):<18} broken")
+    slow = max(peers, key=lambda peer: peer["held_up_s"], default=None)
+    if slow is not None and slow["held_up_s"] >= SLOW_S:
+        lines.append(f"the others waited {slow['held_up_s']:.1f} s for {slow['name']} alone so far")
     for event in known["events"][-EVENTS_SHOWN:]:
-        print(f"  {event.get('kind', '')}: {event.get('text', '')}")
-    return 0
+        lines.append(f"  {event.get('kind', '')}: {event.get('text', '')}")
+    return lines
+
+
+def _peer_line(peer: Mapping[str, Any]) -> str:
+    figures = dict(peer["figures"])
+    last = str(figures.pop("last_round", ""))
+    shown = " ".join(f"{key}={_short(value)}" for key, value in figures.items())
+    slot = "-" if peer["slot"] is None else peer["slot"]
+    heard = "away" if peer["silent_s"] is None else f"{peer['silent_s']:.1f} s"
+    return (
+        f"{slot:>3} {peer['name'][:18]:<18} {peer['host'][:14]:<14} {peer['role']:<9} {last:>10}"
+        f" {heard:>7} {peer['share']:>5.2f} {_rate(peer['uplink_bps']):>9}"
+        f" {peer['held_up_s']:>6.1f} s  {shown}" + ("" if peer["dialled"] else " (dials out only)")
+    )
+
+
+def _rate(bps: float) -> str:
+    if not bps:
+        return "-"
+    return f"{bps / 1e6:.3g} Mb/s" if bps < 1e9 else f"{bps / 1e9:.3g} Gb/s"
 
 
 def _short(value: Any) -> str:

@@ -259,6 +259,7 @@ void Mesh::write_some(Stream& s, Clock at) {
 
 void Mesh::wrote(Stream& s, std::size_t bytes, Clock at) {
   s.sent_bytes += bytes;
+  if (!s.channel.is_unix()) tcp_sent_bytes_ += bytes;
   if (!s.owes) {
     s.owes = true;
     s.last_acknowledged = at;
@@ -359,6 +360,7 @@ void Mesh::pump(Clock at) {
     }
     note_busy(link, at);
   }
+  note_uplink(at);
 }
 
 // Frames that went through us to this peer may be lost: their senders must compare with it.

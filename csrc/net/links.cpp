@@ -15,6 +15,7 @@ constexpr double kGrowthMinBytes = 256 << 10;   // bandwidth x delay below which
 constexpr double kGrowthMinBytesBbr = 2 << 20;  // for each stream: what the kernel buffers for it
 constexpr double kGrowthGain = 1.15;
 constexpr double kGrowthPause_s = 30.0;
+constexpr double kUplinkDecay = 0.9;  // for each judgement
 constexpr double kJudgeBusy_s = 0.5;  // time with something to send before the rate is judged
 
 }  // namespace
@@ -203,6 +204,27 @@ void Mesh::note_busy(Link& link, Clock at) {
   link.busy_mark = sent;
 }
 
+// What this machine can send, all links together: owners' shares follow it.
+void Mesh::note_uplink(Clock at) {
+  bool busy = false;
+  for (const auto& [peer, link] : links_) {
+    const Stream* s = link.streams.empty() ? nullptr : stream(link.streams.front());
+    busy = busy || (link.busy_since != 0 && s != nullptr && !s->channel.is_unix());
+  }
+  if (uplink_since_ != 0) {
+    uplink_busy_s_ += at - uplink_since_;
+    uplink_bytes_ += tcp_sent_bytes_ - uplink_mark_;
+  }
+  uplink_since_ = busy ? at : 0;
+  uplink_mark_ = tcp_sent_bytes_;
+  if (uplink_busy_s_ < kJudgeBusy_s) return;
+  const double rate_bps = 8.0 * static_cast<double>(uplink_bytes_) / uplink_busy_s_;
+  // One slow receiver holds less than all of the uplink busy: high figures last.
+  uplink_bps_ = std::max(rate_bps, kUplinkDecay * uplink_bps_);
+  uplink_busy_s_ = 0.0;
+  uplink_bytes_ = 0;
+}
+
 // A long path takes more streams, and less in the kernel: what waits there has chosen its stream,
 // and a slow one would hold up the end of a round.
 void Mesh::suit_path(Link& link, Stream& s) {
@@ -248,6 +270,7 @@ std::vector<LinkStats> Mesh::stats() const {
     LinkStats stats;
     stats.peer = peer;
     stats.up = !link.streams.empty();
+    stats.ours = link.ours;
     stats.streams = link.streams.size();
     stats.sent_bytes = link.sent_bytes;
     stats.received_bytes = link.received_bytes;

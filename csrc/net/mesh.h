@@ -78,6 +78,7 @@ struct MeshEvent {
 struct LinkStats {
   PeerId peer = 0;
   bool up = false;
+  bool ours = false;  // dialled by us
   bool is_unix = false;
   bool is_tls = false;
   std::size_t streams = 0;
@@ -111,6 +112,8 @@ class Mesh {
 
   std::vector<MeshEvent> take_events();
   std::vector<LinkStats> stats() const;
+  // What we sent over TCP while there was more to send; 0: not measured yet.
+  double uplink_bps() const { return uplink_bps_; }
   std::size_t strangers() const { return strangers_.size(); }
   static Clock now();
 
@@ -209,6 +212,7 @@ class Mesh {
   void suit_path(Link& link, Stream& s);
   void judge_rate(Link& link, Clock now);
   void note_busy(Link& link, Clock now);
+  void note_uplink(Clock now);
   void tell_sources(Link& link);
   void due(Clock at) { due_ = at < due_ ? at : due_; }
 
@@ -236,6 +240,12 @@ class Mesh {
   std::vector<std::uint64_t> ready_;  // streams with work left
   Clock due_ = 0;
   Clock maintained_at_ = 0;
+  std::uint64_t tcp_sent_bytes_ = 0;
+  // the same as for a link, over all of them
+  double uplink_busy_s_ = 0.0;
+  std::uint64_t uplink_bytes_ = 0, uplink_mark_ = 0;
+  Clock uplink_since_ = 0;
+  double uplink_bps_ = 0.0;
   std::vector<MeshEvent> events_;
   std::vector<std::byte> discard_;
   std::mt19937_64 jitter_;

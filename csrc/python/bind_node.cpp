@@ -279,6 +279,7 @@ Map link_dict(const net::LinkStats& link) {
   nb::dict out;
   out["peer"] = link.peer;
   out["up"] = link.up;
+  out["ours"] = link.ours;
   out["unix"] = link.is_unix;
   out["tls"] = link.is_tls;
   out["streams"] = link.streams;
@@ -448,7 +449,22 @@ void bind_node(nb::module_& m) {
             }
             return list_of(links, link_dict);
           },
-          "One map for each link: peer, up, unix, tls, streams, bytes, rtt_s, rate_bps, via.")
+          "One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, via.")
+      .def(
+          "measures",
+          [](Node& node) {
+            const Node::Measures seen = [&] {
+              const nb::gil_scoped_release released;
+              return node.measures();
+            }();
+            nb::dict held_up;
+            for (const auto& [peer, seconds] : seen.held_up_s) held_up[nb::int_(peer)] = seconds;
+            Map out;
+            out["uplink_bps"] = seen.uplink_bps;
+            out["held_up_s"] = held_up;
+            return out;
+          },
+          "uplink_bps (0: not measured), and for whose contributions alone we waited how long.")
       .def("close", &Node::close, Guard());
   bind_state(type);
 }

@@ -25,6 +25,7 @@ import zmq
 from decotrain.control import member as mb
 from decotrain.control import messages as m
 from decotrain.control.effects import identity
+from decotrain.control.measures import Meter
 from decotrain.control.token import Token
 from decotrain.control.transport import Handshakes, connect_dealer
 from decotrain.errors import MessageError
@@ -50,6 +51,8 @@ class DataPlane(Protocol):
     def take_missed(self, tag: int) -> list[Any]: ...
     def set_peers(self, peers: list[tuple[int, int, list[str]]]) -> None: ...
     def set_route(self, peer: int, via: int) -> None: ...
+    def links(self) -> list[dict[str, Any]]: ...
+    def measures(self) -> dict[str, Any]: ...
     def events(self) -> list[dict[str, Any]]: ...
     def close(self) -> None: ...
 
@@ -132,6 +135,7 @@ class Agent:
         self.node = node
         self._connect(who.peer)
         self.member = mb.Member(who, self.rng)
+        self.meter = Meter(who.peer, who.share)
         with self.shared.changed:
             self.shared.peer, self.shared.node = who.peer, node
             self.shared.view, self.shared.members, self.shared.open = 0, [], set()
@@ -181,6 +185,9 @@ class Agent:
         for event in self.node.events():
             self._node_event(event)
         self._receive()
+        now = time.monotonic()
+        if self.meter.due(now):
+            self.member.measures = self.meter.read(self.node.links(), self.node.measures(), now)
         self._step(None)
         wrong = self.handshakes.look()
         if wrong is not None and not self.shared.welcome:  # once welcome we dial for ever

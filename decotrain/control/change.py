@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from decotrain.control import messages as m
 from decotrain.control.maps import SLOTS
+from decotrain.control.ownership import Ownership
 from decotrain.control.plan import Candidate, Plan, advance, coverage, make_plan, slots_in_use
 from decotrain.control.rebuild import rebuild
 from decotrain.control.record import RecordMember
@@ -55,6 +56,7 @@ class Changes:
         self.number = 0  # of FREEZEs in this term
         self.freeze: _Freeze | None = None
         self.installing: _Installing | None = None
+        self.ownership = Ownership(coordinator)
         self.calm_s = 0.0  # no joins or promotions before
 
     def busy(self) -> bool:
@@ -112,8 +114,10 @@ class Changes:
         if self._lacking() or now < self.calm_s:
             return False
         members = c.members()
-        return bool(self._promotable(now)) or any(
-            key not in members and peer.hello.ready for key, peer in c.peers.items()
+        return (
+            bool(self._promotable(now))
+            or any(key not in members and peer.hello.ready for key, peer in c.peers.items())
+            or self.ownership.due(now)
         )
 
     def _promotable(self, now: float) -> list[int]:
@@ -183,8 +187,7 @@ class Changes:
                 return
             self._widen(freeze, now)
         elif not waiting or late:
-            # No active peer has answered: ask again, suspects too, and in the end go on
-            # from the most advanced of those who live (V10).
+            # No active peer has answered: ask suspects too, and in the end go on without (V10).
             self._widen(freeze, now)
             hopeless = all(
                 c.out.get(member.peer, ("",))[0] in _NOT_ASKED
@@ -242,8 +245,7 @@ class Changes:
                 return False
             self._record_empty(freeze, now)
             return True
-        # Newcomers with state fetch it first, even when no round is stable yet: what the run starts
-        # from need not be what they start from.
+        # Newcomers with state fetch it first: what the run starts from need not be theirs.
         void = frozenset(
             key
             for key, peer in c.peers.items()
@@ -323,11 +325,9 @@ class Changes:
                 continue
             slot = members[key].slot if key in members else free.pop(0) if free else None
             if slot is not None:  # else it waits for a slot
-                was_active = key in members and members[key].active
-                candidates.append(
-                    Candidate(key, slot, c.peers[key].hello.share, was_active, key in members)
-                )
-        return candidates
+                was = members.get(key)
+                candidates.append(Candidate(key, slot, 0.0, bool(was and was.active), bool(was)))
+        return self.ownership.give(candidates)
 
     def _joined(self, key: int) -> tuple[float, int]:
         peer = self.c.peers.get(key)

@@ -16,8 +16,10 @@ from decotrain.control import messages as m
 from decotrain.control.change import Changes
 from decotrain.control.closed import answer_time, suspect_closed
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
+from decotrain.control.measures import Measures
 from decotrain.control.record import Record, RecordMember
 from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
+from decotrain.control.status import status
 
 STALL_S = 1.0  # between two steps: then it was we who slept, not the peers
 EVENTS_MAX = 256
@@ -44,6 +46,7 @@ class Options:
     recover_s: float = 5.0  # a coordinator that starts waits so long for recorded peers
     generation_s: float = 6.0  # without report of an active peer: open a new generation
     link_bound_s: float = 3.0  # a broken link that nobody can relay
+    rebalance_s: float = 30.0  # between views that only move ownership
 
 
 class Coordinator:
@@ -117,7 +120,7 @@ class Coordinator:
 
     def _receive(self, source: bytes, message: Any, now: float) -> None:
         if isinstance(message, m.AskStatus) and message.run in ("", self.record.run):
-            self.effects.append(Send(source, m.Status(self.status(now, message.events_after))))
+            self.effects.append(Send(source, m.Status(status(self, now, message.events_after))))
             return
         if message.run != self.record.run:
             reason = f"this is run {self.record.run!r}, not {message.run!r}: use the address"
@@ -174,6 +177,7 @@ class Coordinator:
         peer.down = tuple(message.down)
         peer.routes = message.routes
         peer.figures = message.figures
+        peer.measures = Measures(message.share, message.uplink_bps, message.links, message.held_up)
         if self.out.get(message.peer, ("",))[0] == "silent":
             del self.out[message.peer]  # it was only slow
 
@@ -208,6 +212,7 @@ class Coordinator:
         peer = self.peers.get(hello.peer)
         if peer is None:
             peer = self.peers[hello.peer] = Peer(hello=hello, heard_s=now, joined_s=now)
+            peer.measures.share = hello.share
             self._replaces(hello, now)
             self.log("joined", f"{peer.name} from {hello.host or 'an unknown host'}", now)
             peer.void = hello.void
@@ -439,49 +444,6 @@ class Coordinator:
                 self.record.run, self.record.term, self.routes_number, [list(r) for r in table]
             ),
         )
-
-    # --- operators
-
-    def status(self, now: float, events_after: int = 0) -> dict[str, Any]:
-        members = self.members()
-        peers = []
-        for key in sorted(self.known(), key=lambda k: (members[k].slot if k in members else 64, k)):
-            member, peer = members.get(key), self.peers.get(key)
-            peers.append(
-                {
-                    "peer": f"{key:016x}",
-                    "name": peer.hello.name if peer else member.name if member else "",
-                    "host": self.origin(key)[0],
-                    "slot": member.slot if member else None,
-                    "role": "joining" if not member else "active" if member.active else "observing",
-                    "state": self._state(key),
-                    "silent_s": now - peer.heard_s if peer else None,
-                    "installed": bool(peer and peer.view == self.record.view),
-                    "links_down": [f"{other:016x}" for other in peer.down] if peer else [],
-                    "figures": dict(peer.figures) if peer else {},
-                }
-            )
-        return {
-            "run": self.record.run,
-            "generation": self.record.generation,
-            "term": self.record.term,
-            "epoch": self.record.epoch,
-            "phase": self.changes.phase(),
-            "waiting_for": self.waiting_for(),
-            "peers": peers,
-            "routes": [
-                [f"{a:016x}", f"{b:016x}", f"{via:016x}"]
-                for a, row in sorted(self.routes.items())
-                for b, via in sorted(row.items())
-                if a < b
-            ],
-            "events": [event for event in self.events if event["n"] > events_after],
-        }
-
-    def _state(self, key: int) -> str:
-        if key in self.out:
-            return f"leaving out: {self.out[key][1]}"
-        return "here" if key in self.peers else "away"
 
 
 def _first(said: list[tuple[int, int]], digest: int) -> int:

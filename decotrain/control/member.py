@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decotrain.control import messages as m
+from decotrain.control.measures import Measures
 
 HEARTBEAT_S = 0.5
 HELLO_FIRST_S = 0.1
@@ -160,6 +161,8 @@ class Member:
         self.doubts: list[Doubt] = []
         self.routes = 0
         self.figures: dict[str, Any] = {}
+        self.last_round: dict[str, str] = {}  # tag/number, as a figure
+        self.measures = Measures(share=identity.share)
         # when
         self.hello_s = 0.0
         self.hello_pause_s = HELLO_FIRST_S
@@ -353,7 +356,11 @@ class Member:
                         current=self.current and not self.active,
                         down=sorted(self.down)[: m.PEERS_MAX],
                         routes=self.routes,
-                        figures=self.figures,
+                        figures={**self.last_round, **self.figures},
+                        share=self.measures.share,
+                        uplink_bps=self.measures.uplink_bps,
+                        links=self.measures.links[: m.PEERS_MAX],
+                        held_up=self.measures.held_up[: m.PEERS_MAX],
                     )
                 )
             )

@@ -36,7 +36,7 @@ from decotrain.errors import MessageError
 PROTOCOL = 1
 MESSAGE_BYTES_MAX = 16 << 20  # a report names every chunk of every open round
 CONFIG_BYTES_MAX = 256 << 10
-FIGURES_MAX = 32
+FIGURES_MAX = 40
 PEERS_MAX = 64
 ADDRESSES_MAX = 8
 ASKED_TO_LEAVE = "asked to leave by an operator"
@@ -97,6 +97,13 @@ class Heartbeat:
     down: Annotated[list[int], sequence(peer_id, PEERS_MAX)]  # links that are broken
     routes: Annotated[int, u64]  # number of the route table in use
     figures: Annotated[dict[str, Any], figures]
+    share: Annotated[float, number(0, 1e6)]  # 0: owns nothing, as nobody can dial it
+    uplink_bps: Annotated[float, number(0, 1e15)]  # 0: not measured
+    # peer, out and in (bit/s), round trip (s), over a Unix socket
+    links: Annotated[
+        list[list[Any]], sequence(row(peer_id, u64, u64, number(0, 1e6), boolean), PEERS_MAX)
+    ]
+    held_up: Annotated[list[list[Any]], sequence(row(peer_id, number(0, 1e12)), PEERS_MAX)]  # s
 
 
 @dataclass(frozen=True)

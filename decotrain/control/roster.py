@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decotrain.control import messages as m
+from decotrain.control.measures import Measures
 
 GONE_MAX = 4096
 
@@ -32,6 +33,7 @@ class Peer:
     answer_s: float = 0.0  # it took to install the last view: a bound on its round trip
     routes: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
+    measures: Measures = field(default_factory=Measures)
 
     @property
     def name(self) -> str:

@@ -18,7 +18,9 @@ import zmq
 from decotrain.control import messages
 from decotrain.control.coordinator import Coordinator, Options
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick
+from decotrain.control.metrics_page import MetricsPage
 from decotrain.control.record import Record, RecordFile
+from decotrain.control.status import prometheus, status
 from decotrain.control.token import Token
 from decotrain.control.transport import Gate, bind_router, check_trust
 from decotrain.errors import ConfigError, FileError, MessageError
@@ -26,6 +28,7 @@ from decotrain.errors import ConfigError, FileError, MessageError
 TICK_S = 0.05
 DUE_TICK_S = 0.005  # at most so often, while a change of view is due
 PERSIST_RETRY_S = 1.0
+PAGE_S = 1.0  # between two states of the metrics page
 
 logger = logging.getLogger("decotrain.coordinator")
 
@@ -42,6 +45,7 @@ class Server:
         *,
         token: Token | None = None,
         insecure: bool = False,  # without a token, for other machines too
+        page: MetricsPage | None = None,
     ) -> None:
         check_trust(listen, token, insecure)
         if token is not None:
@@ -63,6 +67,7 @@ class Server:
         options = replace(options, first_term=int(time.time()))
         self.coordinator = Coordinator(options, record)
         self.on_log = on_log
+        self.page, self.page_s = page, 0.0
         self.stopping = threading.Event()
         self.stopped: str | None = None  # why it ended by itself
         self.refused = 0  # messages that were none
@@ -85,6 +90,9 @@ class Server:
                 if time.monotonic() >= self._next_tick(tick_s):
                     tick_s = time.monotonic()
                     self._carry(self.coordinator.step(Tick(), tick_s))
+                if self.page is not None and tick_s >= self.page_s:
+                    self.page_s = tick_s + PAGE_S
+                    self.page.text = prometheus(status(self.coordinator, tick_s))
         finally:
             self.socket.close()
             if self.gate is not None:
@@ -194,12 +202,19 @@ def serve(
     *,
     token: Token | None = None,
     insecure: bool = False,
+    metrics: str | None = None,  # address of the page for Prometheus
 ) -> int:
     """Runs a coordinator in the foreground; the exit status."""
-    server = Server(listen, options, folder, token=token, insecure=insecure)
+    page = MetricsPage(metrics) if metrics else None
+    server = Server(listen, options, folder, token=token, insecure=insecure, page=page)
     announce(f"coordinator of run {options.run!r} listens on {server.address}")
+    if page is not None:
+        announce(f"metrics at http://{page.address}/metrics")
     try:
         server.run()
     except KeyboardInterrupt:
         return 0
+    finally:
+        if page is not None:
+            page.close()
     return 1 if server.stopped is not None else 0

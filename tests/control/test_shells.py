@@ -49,6 +49,12 @@ class FakeNode:
     def set_route(self, peer: int, via: int) -> None:
         pass
 
+    def links(self) -> list[dict[str, Any]]:
+        return []
+
+    def measures(self) -> dict[str, Any]:
+        return {"uplink_bps": 0.0, "held_up_s": {}}
+
     def events(self) -> list[dict[str, Any]]:
         return []
 

@@ -1,0 +1,130 @@
+"""What the coordinator tells operators: one map, and the same as text for Prometheus.
+
+Reads the coordinator's state and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decotrain.control.coordinator import Coordinator
+
+
+def status(c: Coordinator, now: float, events_after: int = 0) -> dict[str, Any]:
+    """Who is in, how fast, how stale. Ids are 16 hex digits, rates bit/s."""
+    members = c.members()
+    order = sorted(c.known(), key=lambda key: (members[key].slot if key in members else 64, key))
+    return {
+        "run": c.record.run,
+        "config": c.record.config,
+        "generation": c.record.generation,
+        "term": c.record.term,
+        "epoch": c.record.epoch,
+        "phase": c.changes.phase(),
+        "waiting_for": c.waiting_for(),
+        "peers": [_row(c, key, now) for key in order],
+        "routes": [
+            [f"{a:016x}", f"{b:016x}", f"{via:016x}"]
+            for a, row in sorted(c.routes.items())
+            for b, via in sorted(row.items())
+            if a < b
+        ],
+        "events": [event for event in c.events if event["n"] > events_after],
+    }
+
+
+def _row(c: Coordinator, key: int, now: float) -> dict[str, Any]:
+    member, peer = c.members().get(key), c.peers.get(key)
+    row: dict[str, Any] = {
+        "peer": f"{key:016x}",
+        "name": peer.hello.name if peer else member.name if member else "",
+        "host": c.origin(key)[0],
+        "addresses": peer.hello.addresses if peer else [],
+        "slot": member.slot if member else None,
+        "role": "joining" if not member else "active" if member.active else "observing",
+        "state": "away" if peer is None else "here",
+        "share": member.share if member else 0.0,
+        "silent_s": now - peer.heard_s if peer else None,
+        "installed": bool(peer and peer.view == c.record.view),
+        "links_down": [f"{other:016x}" for other in peer.down] if peer else [],
+        "uplink_bps": peer.measures.uplink_bps if peer else 0.0,
+        "dialled": bool(peer and peer.measures.share > 0),  # false: nobody can dial it
+        "links": [_link(*link) for link in peer.measures.links] if peer else [],
+        "held_up_s": held_up_s(c, key),
+        "figures": dict(peer.figures) if peer else {},
+    }
+    if key in c.out:
+        row["state"] = f"leaving out: {c.out[key][1]}"
+    return row
+
+
+def _link(peer: int, out_bps: int, in_bps: int, rtt_s: float, unix: bool) -> dict[str, Any]:
+    return {
+        "peer": f"{peer:016x}", "out_bps": out_bps, "in_bps": in_bps, "rtt_s": rtt_s, "unix": unix,
+    }  # fmt: skip
+
+
+def held_up_s(c: Coordinator, key: int) -> float:
+    """Seconds that others waited for this peer's contributions alone, since it is in the view."""
+    return float(
+        sum(
+            seconds
+            for other, peer in sorted(c.peers.items())
+            if other != key
+            for slow, seconds in peer.measures.held_up
+            if slow == key
+        )
+    )
+
+
+GAUGES = {
+    "share": "part of a round's chunks that the peer owns; 1 is an equal part",
+    "silent_s": "seconds since its last heartbeat",
+    "uplink_bps": "what it can send, bit/s; 0 when not measured",
+    "held_up_s": "seconds that others waited for its contributions alone",
+}
+
+
+def prometheus(known: Mapping[str, Any]) -> str:
+    """A status in the text format 0.0.4."""
+    run = f'run="{_quoted(known["run"])}"'
+    roles = [peer["role"] for peer in known["peers"]]
+    lines = ["# TYPE decotrain_peers gauge"]
+    lines += [
+        f'decotrain_peers{{{run},role="{role}"}} {roles.count(role)}'
+        for role in ("active", "observing", "joining")
+    ]
+    for name in ("generation", "term", "epoch"):
+        lines += [f"# TYPE decotrain_{name} gauge", f"decotrain_{name}{{{run}}} {known[name]}"]
+    for name, meaning in GAUGES.items():
+        lines += [f"# HELP decotrain_peer_{name} {meaning}", f"# TYPE decotrain_peer_{name} gauge"]
+        lines += [
+            f"decotrain_peer_{name}{{{run},{_who(peer)}}} {peer[name]:g}"
+            for peer in known["peers"]
+            if peer[name] is not None
+        ]
+    lines.append("# TYPE decotrain_peer_figure gauge")
+    lines += [
+        f'decotrain_peer_figure{{{run},{_who(peer)},figure="{_quoted(key)}"}} {value:g}'
+        for peer in known["peers"]
+        for key, value in sorted(peer["figures"].items())
+        if isinstance(value, int | float)
+    ]
+    for name in ("out_bps", "in_bps", "rtt_s"):
+        lines.append(f"# TYPE decotrain_link_{name} gauge")
+        lines += [
+            f'decotrain_link_{name}{{{run},{_who(peer)},to="{link["peer"]}"}} {link[name]:g}'
+            for peer in known["peers"]
+            for link in peer["links"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _who(peer: Mapping[str, Any]) -> str:
+    return f'peer="{peer["peer"]}",name="{_quoted(peer["name"])}"'
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,64 @@
+"""Status for people and for Prometheus, and the page that serves it."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+
+from decotrain.control.metrics_page import MetricsPage
+from decotrain.control.status import prometheus
+from decotrain.errors import ConfigError
+from decotrain.operate import lines_of
+
+PEER: dict[str, Any] = {
+    "peer": "00000000000000aa", "name": 'a "b"', "host": "h", "addresses": [], "slot": 0,
+    "role": "active", "state": "here", "share": 1.5, "silent_s": 0.25, "installed": True,
+    "links_down": ["00000000000000bb"], "uplink_bps": 2e7, "dialled": False, "held_up_s": 12.0,
+    "links": [
+        {"peer": "00000000000000bb", "out_bps": 8, "in_bps": 9, "rtt_s": 0.02, "unix": False}
+    ],
+    "figures": {"last_round": "0/7", "loss": 2.5},
+}  # fmt: skip
+KNOWN: dict[str, Any] = {
+    "run": "r", "config": None, "generation": 0, "term": 5, "epoch": 2, "phase": "steady",
+    "waiting_for": 0, "routes": [], "events": [{"n": 1, "at_s": 0, "kind": "view", "text": "x"}],
+    "peers": [PEER, PEER | {"peer": "00000000000000bb", "name": "b", "role": "observing",
+                            "silent_s": None, "state": "away", "held_up_s": 0.0}],
+}  # fmt: skip
+
+
+def test_a_screen_says_who_slows_whom() -> None:
+    text = "\n".join(lines_of(KNOWN, "h:1"))
+    parts = ["run r at h:1", "view 5.2", "1 of 2 peers active", "0/7", "loss=2.5", "20 Mb/s"]
+    parts += ["20.0 ms", "broken", "dials out only", 'waited 12.0 s for a "b" alone', "away"]
+    assert [part for part in parts if part not in text] == []
+
+
+def test_prometheus_text() -> None:
+    text = prometheus(KNOWN)
+    assert 'decotrain_peers{run="r",role="active"} 1' in text
+    assert 'decotrain_peer_share{run="r",peer="00000000000000aa",name="a \\"b\\""} 1.5' in text
+    assert 'figure="loss"} 2.5' in text
+    assert "last_round" not in text
+    assert text.count("decotrain_peer_silent_s{") == 1  # who is away has none
+    for line in text.splitlines():
+        assert line.startswith("#") or float(line.rpartition(" ")[2]) is not None
+
+
+def test_the_page() -> None:
+    page = MetricsPage("127.0.0.1:0")
+    try:
+        page.text = "decotrain_x 1\n"
+        with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=30) as answer:
+            assert answer.read() == b"decotrain_x 1\n"
+        with pytest.raises(urllib.error.HTTPError) as missing:
+            urllib.request.urlopen(f"http://{page.address}/etc", timeout=30)
+        assert missing.value.code == 404
+        missing.value.close()
+        with pytest.raises(ConfigError, match="choose another address"):
+            MetricsPage(page.address)
+    finally:
+        page.close()
