@@ -23,6 +23,10 @@ SUITES = {
     "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),
     "join": ("bench.join", "a newcomer fetches a live run's state, and what the others notice"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
+    "starts": ("bench.starts", "many peers started at once, again and again"),
+    "storm": ("bench.storm", "minutes of faults: violations, goodput, descriptors, memory"),
+    "link-drop": ("bench.link_drop", "a link between two peers dropped: rounds go on"),
+    "coordinator-down": ("bench.coordinator_down", "rounds while the coordinator is away"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
     "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
     "wan-codecs": (

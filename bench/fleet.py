@@ -7,6 +7,7 @@ plays the launcher: it sees a process end and tells the coordinator. It measures
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,13 +20,17 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.common import ROOT
+
+if TYPE_CHECKING:
+    from bench.wan.lab import Lab
 
 HANG_S = 60.0  # without an answer: the peer hangs
 PRELOAD = ["numpy", "decotrain.communicator", "bench.fleet"]
 REPORT_TRIES = 10
+CLONE_NEWNET = 0x40000000
 
 
 class HangError(RuntimeError):
@@ -39,8 +44,12 @@ class DeadError(RuntimeError):
 # --- in a peer's process
 
 
-def worker(address: str, name: str, peers: int, pipe: Connection) -> None:
+def worker(
+    address: str, name: str, peers: int, pipe: Connection, site: tuple[str, str] | None
+) -> None:
     """Calls what the parent sends, (function, arguments), and sends back what it returns."""
+    if site is not None:
+        enter(*site)
     from decotrain.communicator import join
 
     os.environ["DECOTRAIN_LAUNCH"] = name  # the parent reports our end by it
@@ -56,6 +65,39 @@ def worker(address: str, name: str, peers: int, pipe: Connection) -> None:
                 answer = (False, f"{type(error).__name__}: {error}")
             pipe.send(answer)
     comm.close()
+
+
+def enter(namespace: str, listen: str) -> None:
+    """Into a network namespace of the lab, where we listen on that address."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(namespace, os.O_RDONLY)
+    if libc.setns(descriptor, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    os.close(descriptor)
+    os.environ["DECOTRAIN_LISTEN"] = listen
+    os.environ["DECOTRAIN_INSECURE"] = "1"  # no packet leaves the lab
+
+
+def spin(state: SimpleNamespace, elements: int, tag: int = 0) -> dict[str, Any]:
+    """Rounds back to back, and when each was done; ends for all when one has a new word."""
+    import numpy as np
+
+    buffer = np.zeros(elements, np.float32)
+    done: list[float] = []
+    lost = 0
+    while True:
+        buffer.fill(0.0)
+        buffer[0] = float(state.pipe.poll(0))
+        result = state.comm.all_reduce(buffer, tag=tag, op="sum").wait(HANG_S)
+        done.append(time.monotonic())
+        lost += result.outcome != "stable"
+        if result.outcome == "stable" and buffer[0] > 0:
+            members = [(one.peer, one.active) for one in state.comm.members]
+            return {"done": done, "lost": lost, "members": members}
+
+
+def nothing(state: SimpleNamespace) -> None:
+    """A new word."""
 
 
 def activate(state: SimpleNamespace) -> int:
@@ -83,7 +125,9 @@ class Peer:
         self.fleet, self.name = fleet, name
         self.pipe, there = context.Pipe()
         self.process = context.Process(
-            target=worker, args=(fleet.address, name, fleet.peers, there), daemon=True
+            target=worker,
+            args=(fleet.address, name, fleet.peers, there, fleet.next_site()),
+            daemon=True,
         )
         self.process.start()
         there.close()
@@ -141,6 +185,7 @@ class Fleet:
         peers: int,
         reports: bool = True,  # the coordinator is told of ended processes
         record: Path | None = None,  # folder of its durable record
+        lab: Lab | None = None,  # the coordinator at site 0, peers at 1, 2, ...
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
         self.context = multiprocessing.get_context("forkserver")
@@ -148,7 +193,8 @@ class Fleet:
         self.peers, self.reports, self.record, self.run = peers, reports, record, "default"
         self.closing = False
         self.count = 0
-        self.address = "127.0.0.1:0"
+        self.lab = lab
+        self.address = "127.0.0.1:0" if lab is None else f"{lab.address(0)}:0"
         self.team: list[Peer] = []
         self.start_coordinator()
 
@@ -158,14 +204,24 @@ class Fleet:
         command += ["--with-parent"]
         if self.record is not None:
             command += ["--record", str(self.record)]
-        self.coordinator = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        options: dict[str, Any] = {
+            "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True
+        }  # fmt: skip
+        if self.lab is None:
+            self.coordinator = subprocess.Popen(command, **options)
+        else:
+            self.coordinator = self.lab.popen(0, [*command, "--insecure"], **options)
         assert self.coordinator.stdout is not None
         line = self.coordinator.stdout.readline()
         if not line:
             raise RuntimeError("the coordinator did not start")
         self.address = line.split()[-1]
+
+    def next_site(self) -> tuple[str, str] | None:
+        """Where the next peer lives: its namespace and address."""
+        if self.lab is None:
+            return None
+        return self.lab.namespace(self.count + 1), self.lab.address(self.count + 1)
 
     def kill_coordinator(self) -> None:
         self.coordinator.kill()

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.common import Report, Settings, log
-from bench.fleet import HANG_S, Fleet, activate, ask_all, sleep_until
+from bench.fleet import HANG_S, Fleet, activate, ask_all, nothing, sleep_until, spin
 
 MIB = 1 << 20
 STATE, ROUNDS = 0, 1  # tags
@@ -74,21 +74,6 @@ def memory(state: SimpleNamespace, reset: bool) -> dict[str, int]:
     return {name: int(rows[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
-def spin(state: SimpleNamespace, elements: int) -> list[float]:
-    """Rounds back to back, and when each was done; ends for all when one has a new word."""
-    import numpy as np
-
-    buffer = np.zeros(elements, np.float32)
-    done = []
-    while True:
-        buffer.fill(0.0)
-        buffer[0] = float(state.pipe.poll(0))
-        result = state.comm.all_reduce(buffer, tag=ROUNDS, op="sum").wait(HANG_S)
-        done.append(time.monotonic())
-        if result.outcome == "stable" and buffer[0] > 0:
-            return done
-
-
 def fetch(state: SimpleNamespace) -> dict[str, float]:
     """A newcomer's whole way until it is active."""
     start_s = time.monotonic()
@@ -134,10 +119,6 @@ def move(state: SimpleNamespace) -> dict[str, Any]:
                     "bytes": comm.figures()["fetched_bytes"]}  # fmt: skip
 
 
-def nothing(state: SimpleNamespace) -> None:
-    """A new word."""
-
-
 def depart(state: SimpleNamespace) -> None:
     state.comm.leave()
 
@@ -160,15 +141,15 @@ def sample(fleet: Fleet, size: int, elements: int, crc: int) -> dict[str, float]
     began_s = time.monotonic()
     if elements:
         for peer in servers:
-            peer.ask(spin, elements)
+            peer.ask(spin, elements, ROUNDS)
         sleep_until(began_s + BEFORE_S)
     newcomer.ask(fetch)
     way = newcomer.answer()
     times: list[float] = []
     if elements:
-        newcomer.ask(spin, elements)
+        newcomer.ask(spin, elements, ROUNDS)
         servers[0].ask(nothing)
-        times = [peer.answer() for peer in servers].pop()
+        times = [peer.answer()["done"] for peer in servers].pop()
         newcomer.answer()
         servers[0].answer()
     peaks = ask_all(servers, memory, False)

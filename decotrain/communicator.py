@@ -245,8 +245,8 @@ class Communicator:
         self._counters["lost_rounds"] += 1
         return Result(tag, self._next_seq(tag), "lost", (), True, 0)
 
-    def _result(self, held: Any, out: list[Any] | None) -> Result:
-        """What the core holds, in the caller's tensors."""
+    def _result(self, held: Any, out: list[Any] | None, keep_own: bool = False) -> Result:
+        """What the core holds, in the caller's tensors: zeros where nobody contributed."""
         if held.outcome != "stable":
             return self._lost(held.tag)
         result = Result(
@@ -262,7 +262,7 @@ class Communicator:
             result.parts = dict(held.parts())
         else:
             places = places_for(held, self._templates.get(held.tag)) if out is None else out
-            if result.contributors:
+            if result.contributors or not keep_own:
                 decode(held, places)
             result.tensors = places
         self._last_seq[held.tag] = max(self._last_seq.get(held.tag, -1), held.seq)

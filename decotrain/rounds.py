@@ -40,7 +40,8 @@ class Result:
     contributors: tuple[int, ...]  # peer ids that are in at least one chunk, by slot
     partial: bool  # some chunk lacks a contributor that another chunk has, or nobody contributed
     digest: int  # of all result bytes and contributor sets
-    tensors: list[Any] = field(default_factory=list)  # like the input; empty for collect
+    # Like the input, zeros where nobody contributed; empty for collect.
+    tensors: list[Any] = field(default_factory=list)
     parts: dict[int, bytes] = field(default_factory=dict)  # collect: slot -> its bytes
     begun: bool = True  # false: it came to us as an observer, or was missed
 
@@ -113,7 +114,10 @@ class Work:
             if self.tag in comm._shared.fragments:
                 return comm._lost(self.tag)
             held = comm._shared.next_missed(self.tag)
-        return comm._result(held, self._out)
+        if not comm._shared.follows(held, comm._last_seq.get(self.tag, -1)):
+            return comm._lost(self.tag)
+        # What nobody has broadcast this time may be ours to broadcast next.
+        return comm._result(held, self._out, keep_own=self._again is not None)
 
     def _withdrawn(self) -> None:
         """Chunks of a borrowed tensor were refused by their owners: they are not finite."""

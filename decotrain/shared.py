@@ -147,6 +147,18 @@ class SharedState:
         missed = [held.seq for held in self.missed.get(tag, ())]
         return self.versions.next(tag, missed).do != "nothing"
 
+    def follows(self, held: Any, last_seq: int) -> bool:
+        """May the result of a round begun here be applied to our state? Not one that the state
+        contains: the round was still open here when we fetched it from somebody who had the
+        result. Not one after a gap either: an observer can miss rounds altogether."""
+        if held.tag not in self.fragments or held.outcome != "stable":
+            return True
+        version = self.fragments[held.tag].version
+        if held.seq > max(version, last_seq + 1):
+            self.versions.passed(held.tag, held.seq)
+            return False
+        return bool(held.seq >= version)
+
     def catch_up(
         self, tag: int, apply: Callable[[Result], None], wait: bool, deadline_s: float
     ) -> int:

@@ -42,6 +42,10 @@ class Versions:
         self.version[tag] = version
         self.stable[tag] = max(self.stable.get(tag, -1), version - 1)
 
+    def passed(self, tag: int, seq: int) -> None:
+        """A round that does not follow on our state is stable: rounds before it are missing."""
+        self.stable[tag] = max(self.stable.get(tag, -1), seq)
+
     def declared(self) -> list[tuple[int, int]]:
         """For Engine.declare: the last round each tag's state contains; -1 when void."""
         return [

@@ -2,9 +2,9 @@
 """Real processes under seeded faults; their histories are judged by the simulator's checker.
 
 Peers train on shared state while they are killed, stopped and woken, told to leave, and replaced,
-and while the coordinator is killed and started again from its record. Then everything is healed,
-and each peer that lives must complete more rounds. Faults come from the seed; what they meet does
-not. It cuts no connections (the core's own tests do) and measures nothing.
+while their connections are cut, and while the coordinator is killed and started again from its
+record. Then everything is healed, and each peer that lives must complete more rounds. Faults come
+from the seed; what they meet does not. It measures nothing (bench/storm.py does).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,23 @@ from tests.sim.checker import Checker, Violation  # noqa: E402
 HEAL_S = 90.0  # within which everybody that lives must have made progress
 ROUNDS_AFTER = 3
 STEADY = 2  # so many peers are neither stopped nor dead at any time
-FAULTS = {"kill": 4, "stop": 3, "leave": 2, "join": 2, "coordinator": 2, "kill_two": 1}
+FAULTS = {"kill": 4, "stop": 3, "cut": 3, "leave": 2, "join": 2, "coordinator": 2, "kill_two": 1}
 
 
 class Storm:
-    def __init__(self, folder: Path, seed: int, peers: int, elements: int, mean_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        peers: int,
+        elements: int,
+        mean_s: float,
+        elders: int = 0,  # so many peers are neither killed nor told to leave
+        coordinator_s: float = 0.0,  # it is killed so often, and not by chance; 0: by chance
+    ) -> None:
         self.dice = random.Random(seed)
+        self.coordinator_s, self.elders = coordinator_s, elders
+        self.faults = {k: n for k, n in FAULTS.items() if k != "coordinator" or not coordinator_s}
         self.folder, self.peers, self.elements, self.mean_s = folder, peers, elements, mean_s
         self.fleet = Fleet(peers, record=folder / "record")
         self.later: list[tuple[float, Any]] = []  # (when, what to do)
@@ -56,18 +67,30 @@ class Storm:
         self.later.append((time.monotonic() + delay_s, action))
 
     def run(self, seconds: float) -> None:
+        self.begin()
+        self.disturb(seconds)
+        self.heal()
+
+    def begin(self) -> None:
         for _ in range(self.peers):
             self.join()
         self.wait_for_rounds(1, HEAL_S)
+
+    def disturb(self, seconds: float, look: Callable[[], None] = lambda: None) -> None:
+        """Faults for so long; `look` is called all the time."""
         end_s = time.monotonic() + seconds
         next_s = time.monotonic() + self.dice.expovariate(1 / self.mean_s)
+        coordinator_s = time.monotonic() + (self.coordinator_s or seconds)
         while time.monotonic() < end_s:
             self.act()
             if time.monotonic() >= next_s:
-                self.fault(self.dice.choices(list(FAULTS), list(FAULTS.values()))[0])
+                self.fault(self.dice.choices(list(self.faults), list(self.faults.values()))[0])
                 next_s += self.dice.expovariate(1 / self.mean_s)
+            if time.monotonic() >= coordinator_s:
+                self.fault("coordinator")
+                coordinator_s += self.coordinator_s
+            look()
             time.sleep(0.01)
-        self.heal()
 
     def act(self) -> None:
         now_s = time.monotonic()
@@ -78,8 +101,10 @@ class Storm:
 
     def fault(self, kind: str) -> None:
         alive = self.steady()
-        spare = len(alive) - STEADY
-        victim = self.dice.choice(alive)
+        elders = self.fleet.team[: self.elders]  # the list is in order of age
+        mortal = [peer for peer in alive if peer not in elders]
+        victims = alive if kind in ("stop", "cut") else mortal
+        count = 2 if kind == "kill_two" else 1
         delay_s = self.dice.random() * 2
         if kind == "coordinator":
             if not self.coordinator_up:
@@ -91,8 +116,17 @@ class Storm:
             if len(self.fleet.team) > self.peers + 1:
                 return
             self.join()
-        elif spare < (2 if kind == "kill_two" else 1):
+        elif len(victims) < count or (kind != "cut" and len(alive) - STEADY < count):
             return
+        else:
+            for victim in self.dice.sample(victims, count):
+                self.hit(kind, victim, delay_s)
+        self.counts[kind] += 1
+
+    def hit(self, kind: str, victim: Peer, delay_s: float) -> None:
+        if kind == "cut":
+            if self.file(victim).exists():  # it has got so far that it knows this signal
+                victim.signal(signal.SIGUSR1)
         elif kind == "stop":
             victim.signal(signal.SIGSTOP)
             self.stopped.add(victim)
@@ -103,10 +137,8 @@ class Storm:
             self.leaving.append(victim)
             self.after(delay_s, self.join)
         else:
-            for one in self.dice.sample(alive, 2 if kind == "kill_two" else 1):
-                self.kill(one)
-                self.after(delay_s, self.join)
-        self.counts[kind] += 1
+            self.kill(victim)
+            self.after(delay_s, self.join)
 
     def kill(self, peer: Peer) -> None:
         peer.signal(signal.SIGKILL)
@@ -153,10 +185,18 @@ class Storm:
             time.sleep(0.1)
 
     def done(self, peer: Peer) -> int:
-        return sum(event["ev"] == "return" for event in events(self.file(peer)))
+        path = self.file(peer)
+        return path.read_bytes().count(b'{"ev": "return"') if path.exists() else 0
 
     def file(self, peer: Peer) -> Path:
         return self.folder / f"{peer.name}.jsonl"
+
+    def close(self) -> None:
+        for peer in self.stopped:
+            peer.signal(signal.SIGKILL)
+        for peer in self.leaving:
+            peer.end()
+        self.fleet.close()
 
 
 def events(path: Path) -> Iterator[dict[str, Any]]:
@@ -197,11 +237,7 @@ def storm(seconds: float, seed: int, peers: int, kib: int, mean_s: float, folder
     try:
         one.run(seconds)
     finally:
-        for peer in one.stopped:
-            peer.signal(signal.SIGKILL)
-        for peer in one.leaving:
-            peer.end()
-        one.fleet.close()
+        one.close()
     return f"seed {seed}: faults {dict(one.counts)}, judged {dict(judge(folder))}"
 
 

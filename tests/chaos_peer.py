@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
+import socket
 import threading
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-
-from decotrain.errors import Error
 
 TAG = 0
 CHUNK_ELEMENTS = 1 << 13
@@ -74,9 +76,9 @@ class Trainer:
         self.peer = 0
         result = comm._result
 
-        def wrapped(held: Any, out: Any) -> Any:
+        def wrapped(held: Any, *others: Any, **named: Any) -> Any:
             self.held = held
-            return result(held, out)
+            return result(held, *others, **named)
 
         comm._result = wrapped
         comm.register_state(TAG, {"w": self.state}, version=0)
@@ -138,16 +140,28 @@ class Trainer:
             self.apply(result)
 
 
+def cut_connections(keep: int) -> None:
+    """Breaks about half of this process's connections, but for the one of that descriptor."""
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        descriptor = int(entry.name)
+        if descriptor == keep or random.random() < 0.5:
+            continue
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
+            if one.type == socket.SOCK_STREAM and one.getpeername():
+                one.shutdown(socket.SHUT_RDWR)
+
+
 def live(state: SimpleNamespace, folder: str, elements: int, pause_s: float) -> str:
     """Rounds until the parent has another word; then a clean leave. Returns how it ended."""
-    history = History(Path(folder) / f"{state.name}.jsonl")
+    signal.signal(signal.SIGUSR1, lambda *_: cut_connections(state.pipe.fileno()))
+    history = History(Path(folder) / f"{state.name}.jsonl")  # from now on we may be cut off
     watch(state.comm, history)
     trainer = Trainer(state.comm, history, elements)
     try:
         while not state.pipe.poll(pause_s):
             trainer.round()
         state.comm.leave()
-    except Error as error:
+    except Exception as error:
         history.say("error", peer=trainer.peer, text=f"{type(error).__name__}: {error}")
         raise
     return "left"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import join, kills, recovery
+from bench import coordinator_down, join, kills, link_drop, recovery, starts, storm
 from bench.common import Settings
 
 GIVEN = {11: 1, 12: 2, 13: 4, 14: 8}
@@ -64,3 +64,30 @@ def test_join() -> None:
         "moving the state",
     ]
     assert all(row["metrics"]["fetch_s"]["median"] > 0 for row in report.rows)
+
+
+def test_storm() -> None:
+    options = {"seconds": "4", "calm": "1", "coordinator": "2", "mean": "0.7"}
+    metrics = storm.run(Settings(quick=True, options=options)).rows[0]["metrics"]
+    assert metrics["faults"]["median"] > 0
+    assert metrics["descriptors_last"]["median"] > 10
+
+
+def test_starts() -> None:
+    report = starts.run(Settings(quick=True, options={"starts": "2"}))
+    assert report.rows[0]["metrics"]["complete"]["median"] == 2
+
+
+def test_coordinator_down() -> None:
+    report = coordinator_down.run(Settings(quick=True, options={"seconds": "1.5"}))
+    metrics = {name: stats["median"] for name, stats in report.rows[0]["metrics"].items()}
+    assert metrics["rounds_away_per_s"] > 0
+    assert metrics["lost_rounds"] == metrics["peers_lost"] == 0
+
+
+@pytest.mark.net
+def test_link_drop() -> None:
+    report = link_drop.run(Settings(quick=True, options={"seconds": "8", "before": "2"}))
+    metrics = {name: stats["median"] for name, stats in report.rows[0]["metrics"].items()}
+    assert metrics["longer_than_1_s"] == 1  # the drop was noticed, once
+    assert metrics["lost_rounds"] == metrics["peers_lost"] == 0

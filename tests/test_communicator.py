@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,17 @@ def test_everybody_gets_the_sum_and_the_names(coordinator: ServerThread) -> None
     assert a[0] == [3.0] * 3
     assert a[1] == [[6.0, 6.0]] * 2
     assert sorted(a[3].values()) == [b"\1", b"\2"]
+
+
+def test_what_nobody_contributes_to_is_zero_for_everybody(coordinator: ServerThread) -> None:
+    """And not each peer's own values: those would differ."""
+
+    def peer(value: float) -> tuple[list[float], tuple[int, ...]]:
+        with join(coordinator.address) as comm:
+            result = comm.all_reduce(np.full(3, value, np.float32), weight=0.0).wait(WAIT_S)
+            return result.tensor.tolist(), result.contributors
+
+    assert together(lambda: peer(1.0), lambda: peer(2.0)) == [([0.0] * 3, ())] * 2
 
 
 def test_weights_and_torch_tensors(coordinator: ServerThread) -> None:
@@ -284,6 +296,22 @@ def test_a_newcomer_follows_state_that_moves_while_it_fetches(coordinator: Serve
     assert steps > 3
     assert np.array_equal(a, b)
     assert np.array_equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("version", "last_seq", "seq", "good"),
+    [(5, -1, 5, True), (5, 4, 4, False), (5, 6, 7, True), (5, 4, 6, False), (5, -1, 8, False)],
+)
+def test_only_a_result_that_follows_on_the_state_is_handed_out(
+    version: int, last_seq: int, seq: int, good: bool
+) -> None:
+    """A round that the fetched state contains, or one after rounds that never came, is lost."""
+    with join("local") as comm:
+        comm.register_state(0, {"w": np.zeros(2, np.float32)}, version=version)
+        held = SimpleNamespace(tag=0, seq=seq, outcome="stable")
+        assert comm._shared.follows(held, last_seq) is good
+        behind = seq > version and not good
+        assert comm._shared.behind(0) is behind  # then the state is fetched
 
 
 def test_the_survivors_of_a_death_agree(coordinator: ServerThread) -> None:

@@ -191,6 +191,10 @@ class Lab:
         """The address that programs at the site can bind to."""
         return "192.168.1.2" if site in self.nat else self.address(site)
 
+    def namespace(self, site: int) -> str:
+        """A path to the site's network namespace, while this process lives."""
+        return f"/proc/{os.getpid()}/fd/{self._inside[site]}"
+
     def interface(self, site: int) -> str:
         return "eth0" if site in self.nat else DEVICE
 
