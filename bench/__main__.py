@@ -27,6 +27,7 @@ SUITES = {
     "storm": ("bench.storm", "minutes of faults: violations, goodput, descriptors, memory"),
     "link-drop": ("bench.link_drop", "a link between two peers dropped: rounds go on"),
     "coordinator-down": ("bench.coordinator_down", "rounds while the coordinator is away"),
+    "wan-spsa": ("bench.wan.spsa", "SPSA's exchange over each profile: steps a second, bytes"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
     "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
     "wan-codecs": (

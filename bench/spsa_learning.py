@@ -7,8 +7,8 @@ tests/test_spsa_real.py, tests/test_finetune.py and the suite `wan-spsa`.) `z` i
 the held-out loss over windows of text, in standard errors. Two runs at a time.
 
 Options (`--set`): steps=2000, samples=4 (of a peer), lr=6e-3, epsilon=1e-3, batch=4, seeds=2,
-text=PATH (default: a made-up language), base=PATH (a run of `decotrain train`; default: one is made, with
-pretrain=1500 steps), windows=256 (held out), processes=2.
+text=PATH (default: a made-up language), base=PATH (a run of `decotrain train`; default: one is
+made, with pretrain=1500 steps), windows=256 (held out), processes=2.
 """
 
 from __future__ import annotations
