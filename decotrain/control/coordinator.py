@@ -360,7 +360,9 @@ class Coordinator:
         accuser = members.get(message.peer)
         if accuser is None or message.view != self.record.view or self.changes.busy():
             return
-        if message.who == message.peer:
+        if message.who == message.peer:  # its own NaN, say, is no reason to leave it out
+            if message.kind != "void":
+                return
             self.leave_out(message.who, "void", message.detail or "its state is void", now)
             return
         if message.kind == "diverged" and not message.who:

@@ -264,6 +264,15 @@ def test_a_diverged_minority_is_left_out(digests: tuple[tuple[int, int]], gone: 
     assert "diverged" in world.peers[gone].told[-1].detail
 
 
+@pytest.mark.parametrize(("kind", "here"), [("refused", (1, 2, 3)), ("void", (1, 2))])
+def test_what_a_peer_says_of_itself(kind: str, here: tuple[int, ...]) -> None:
+    """A NaN found in its own chunk costs it that contribution; a void state its place."""
+    world = three()
+    world.step(world.peers[3], Doubt(kind, 3, 0, 4, (), "chunk 15 is not finite"))
+    world.run(0.6)
+    assert world.agreed() == here
+
+
 def test_a_broken_link_is_relayed_and_nobody_is_left_out() -> None:
     world = three()
     for one, other in ((1, 2), (2, 1)):
