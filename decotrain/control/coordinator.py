@@ -192,7 +192,7 @@ class Coordinator:
     # --- admission
 
     def _hello(self, source: bytes, hello: m.Hello, now: float) -> None:
-        gone = self.gone.get(hello.peer)
+        gone = self.gone.of(hello)
         if gone is not None:
             self.send(hello.peer, m.Evicted(self.record.run, hello.peer, *gone))
             return
@@ -337,6 +337,8 @@ class Coordinator:
             kind = "left" if message.leave or alone else "kicked"
             reason = m.ASKED_TO_LEAVE if message.leave else "kicked out by an operator"
             reason += f" ({message.detail})" if message.detail else ""
+            if not message.leave:
+                self.gone.bar(self.origin(found[0]), reason)
             self.leave_out(found[0], kind, reason, now)
         detail = self.name(found[0]) if len(found) == 1 else f"{len(found)} peers match"
         self.effects.append(Send(source, m.Done(len(found) == 1, detail)))

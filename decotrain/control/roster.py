@@ -41,10 +41,14 @@ class Peer:
 
 
 class Gone:
-    """Peer ids that never come back: an id is used once (V11). Bounded."""
+    """Peer ids that never come back: an id is used once (V11). Bounded.
+
+    And launches whose peer was kicked: what is started in its place stays out too.
+    """
 
     def __init__(self) -> None:
         self._reasons: OrderedDict[int, tuple[str, bool]] = OrderedDict()
+        self._kicked: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def add(self, peer: int, reason: str, again: bool) -> None:
         self._reasons[peer] = (reason, again)
@@ -53,6 +57,17 @@ class Gone:
 
     def get(self, peer: int) -> tuple[str, bool] | None:
         return self._reasons.get(peer)
+
+    def bar(self, origin: tuple[str, str], reason: str) -> None:
+        """origin: host and launch. Without a launch nobody can be told from a newcomer."""
+        if origin[1]:
+            self._kicked[origin] = reason
+        while len(self._kicked) > GONE_MAX:
+            self._kicked.popitem(last=False)
+
+    def of(self, hello: m.Hello) -> tuple[str, bool] | None:
+        reason = self._kicked.get((hello.host, hello.launch))
+        return self.get(hello.peer) or (None if reason is None else (reason, False))
 
 
 def config_misfit(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

@@ -374,3 +374,33 @@ def test_a_peer_that_left_everybody_alone_can_be_followed_by_a_new_run() -> None
     world.add(2)
     world.run(2.0)
     assert world.agreed() == (2,)
+
+
+def test_what_is_started_in_the_place_of_a_kicked_peer_stays_out() -> None:
+    world = World(min_peers=3)
+    for peer in (1, 2, 3):
+        world.add(peer, host="h", launch=f"launch {peer}")
+    world.run(1.0)
+    world.ask(m.Kick("default", 3, "", False, ""))
+    world.run(1.0)
+    assert world.agreed() == (1, 2)
+    world.add(4, host="h", launch="launch 3")
+    world.run(1.0)
+    assert world.agreed() == (1, 2)
+    assert world.peers[4].member.over
+    world.add(5, host="h", launch="launch 5")  # started by hand: a newcomer like others
+    world.run(1.0)
+    assert world.agreed() == (1, 2, 5)
+
+
+def test_who_was_asked_to_leave_may_come_back() -> None:
+    world = World(min_peers=2)
+    for peer in (1, 2):
+        world.add(peer, host="h", launch=f"launch {peer}")
+    world.run(1.0)
+    world.ask(m.Kick("default", 2, "", True, ""))
+    world.run(1.0)
+    assert world.agreed() == (1,)
+    world.add(3, host="h", launch="launch 2")
+    world.run(1.0)
+    assert world.agreed() == (1, 3)
