@@ -18,6 +18,7 @@ from bench.common import RESULTS, ROOT, Report, Settings, log, markdown, write_r
 SUITES = {
     "codecs": ("bench.codecs", "encode, decode and combine against torch and memcpy"),
     "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
+    "crypto": ("bench.crypto", "what TLS costs, and a round while strangers knock"),
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
     "spsa_learning": ("bench.spsa_learning", "fine-tuning with SPSA: 4 peers, 1 peer, float32"),
     "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),

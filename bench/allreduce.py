@@ -37,7 +37,7 @@ WAIT_S = 120.0
 
 
 class Ours:
-    """Two nodes, one that uses TCP only and one that prefers Unix sockets."""
+    """Three nodes: TCP only, the same with TLS, and one that prefers Unix sockets."""
 
     def __init__(self, rank: int, streams: int, codec: str) -> None:
         from decotrain import _core
@@ -45,6 +45,14 @@ class Ours:
         self.codec = codec
         self.nodes = {
             "tcp": _core.Node(rank + 1, ["tcp://127.0.0.1:0"], 7, streams=streams, force_tcp=True),
+            "tls": _core.Node(
+                rank + 1,
+                ["tcp://127.0.0.1:0"],
+                7,
+                streams=streams,
+                force_tcp=True,
+                tls_key=bytes(32),
+            ),
             "unix": _core.Node(rank + 1, ["unix://"], 7, streams=streams),
         }
 
@@ -134,9 +142,9 @@ class Team:
             there.close()  # so that a worker's death ends our recv
             self.pipes.append(here)
             self.processes.append(process)
-        everybody = [pipe.recv() for pipe in self.pipes]
+        self.everybody = [pipe.recv() for pipe in self.pipes]  # addresses by transport
         for pipe in self.pipes:
-            pipe.send(everybody)
+            pipe.send(self.everybody)
 
     def run(self, variant: str, elements: int, calls: int) -> tuple[float, float]:
         """Seconds of one call at the slowest process, CPU seconds of one call at the mean one."""
