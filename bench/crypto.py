@@ -95,8 +95,8 @@ def _under_attack(team: Team, report: Report, settings: Settings, rate: int) -> 
         stranger.join(10)
     for name, taken in samples.items():
         pairs = zip(taken, samples["calm"], strict=True)
-        report.add({"part": "attack", "KiB": elements * 4 / KIB, "strangers": name}, time_ms=[t * 1e3 for t in taken],
-                   of_calm=[t / calm for t, calm in pairs])  # fmt: skip
+        case = {"part": "attack", "KiB": elements * 4 / KIB, "strangers": name}
+        report.add(case, time_ms=[t * 1e3 for t in taken], of_calm=[t / calm for t, calm in pairs])
         log(f"  strangers {name}: {sorted(taken)[len(taken) // 2] * 1e3:.1f} ms")
 
 
