@@ -6,6 +6,7 @@ Effects are carried out in order, a record with fsync before the message after i
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -205,6 +206,9 @@ def serve(
     metrics: str | None = None,  # address of the page for Prometheus
 ) -> int:
     """Runs a coordinator in the foreground; the exit status."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:  # a stranger's connection costs a descriptor for 5 s: there should be plenty
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     page = MetricsPage(metrics) if metrics else None
     server = Server(listen, options, folder, token=token, insecure=insecure, page=page)
     announce(f"coordinator of run {options.run!r} listens on {server.address}")
