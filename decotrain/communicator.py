@@ -312,7 +312,7 @@ class Communicator:
     def catch_up(
         self,
         tag: int,
-        apply: Callable[[Result], None],
+        apply: Callable[[Result], None] | None,
         *,
         wait: bool = False,
         timeout_s: float | None = None,
@@ -320,8 +320,8 @@ class Communicator:
         """Bring the tag's state up to where the others are; returns its version.
 
         Missed results are given to `apply` in order (which does what it does with a result of
-        its own: `with comm.updating(tag): ...`). When results are gone, or we are new here, the
-        state is fetched from the others into the registered tensors first. Call it before each
+        its own: `with comm.updating(tag): ...`). When they are gone or no use (None), or we are new
+        here, the state is fetched from the others into the registered tensors. Call it before each
         begin of the tag. Without `wait` it does what it can now; with it, it returns when the tag
         is current. When every registered tag is current an observing peer asks to be active.
         """

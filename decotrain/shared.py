@@ -160,7 +160,7 @@ class SharedState:
         return bool(held.seq >= version)
 
     def catch_up(
-        self, tag: int, apply: Callable[[Result], None], wait: bool, deadline_s: float
+        self, tag: int, apply: Callable[[Result], None] | None, wait: bool, deadline_s: float
     ) -> int:
         comm, fragment = self.comm, self.fragment(tag)
         shared = comm._agent.shared
@@ -170,9 +170,9 @@ class SharedState:
                 step = self.versions.next(tag, self.take_missed(tag))
                 if step.do == "nothing":
                     break
-                if step.do != "fetch":
+                if step.do == "discard" or (step.do == "apply" and apply is not None):
                     held = self.missed[tag].popleft()
-                    if step.do == "apply":
+                    if step.do == "apply" and apply is not None:
                         self._apply(fragment, held, apply)
                     continue
                 if self._fetch(tag, fragment):

@@ -168,7 +168,7 @@ class FakeComm:
     def catch_up(
         self,
         tag: int,
-        apply: Callable[[Result], None],
+        apply: Callable[[Result], None] | None,
         *,
         wait: bool = False,
         timeout_s: float | None = None,
@@ -180,12 +180,14 @@ class FakeComm:
                 assert self.run.changed.wait_for(lambda: self._ahead(tag), WAIT_S)
             ahead = self._ahead(tag)
             most = max(self.run.comms.values(), key=lambda comm: comm.versions.get(tag, -1))
-            if ahead and (self.versions[tag] == 0 or lost):
+            if ahead and (self.versions[tag] == 0 or lost or apply is None):
                 self.fetches += 1
                 for name, tensor in self.state[tag].items():
                     tensor.copy_(most.state[tag][name])
                 self.versions[tag] = most.versions[tag]
             while (found := self.run.rounds.get((tag, self.versions[tag]))) and found.result:
+                if apply is None:
+                    break
                 apply(found.result)
             self.next_seq[tag] = max(self.next_seq[tag], self.versions[tag])
             self.run.active.add(self.peer)

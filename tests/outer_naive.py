@@ -1,4 +1,4 @@
-"""Every preset as its formulas stand: n replicas in a loop, float64, no decotrain.
+"""Every preset as its formulas stand: n replicas in a loop, float64, nothing of decotrain.outer.
 
 Peers are numbers from 1. A script says who is there after which step (`present`), whose round is
 not counted (`waived`: peer and number of the round, 1, 2, ...) and how many tokens a step is worth.
@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from decotrain import _core
 from tests.outer_runs import MAKING, batch, loss_of
 
 INNER_LR = 0.1
@@ -183,6 +185,7 @@ def late(
     theta = naive.start()
     memory: dict[str, Any] = {}
     flying: tuple[Tensor, set[int], dict[int, Tensor]] | None = None
+    tokens: dict[int, float] = {}
     out = []
     for t in range(1, script.steps + 1):
         peers = naive.inner_steps(t, theta, [0])
@@ -193,9 +196,12 @@ def late(
                 delta, counted, sent = flying
                 theta = apply(theta, delta, memory)
                 lost = {i: d for i, d in sent.items() if i not in counted}
+            given = {i: naive.tokens[i, 0] for i in peers}
             flying = (*naive.mean(deltas, 0, t // every), deltas)
-            for i in peers:
+            for i in peers:  # progress that did not count goes with the next round, and its tokens
                 assign(naive.replicas[i], theta - lost.get(i, 0.0))
+                naive.tokens[i, 0] = tokens.get(i, 0.0) if i in lost else 0.0
+            tokens = given
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 
@@ -219,3 +225,71 @@ def nesterov(lr: float, momentum: float) -> Any:
         return theta - lr * (delta + momentum * memory["m"])
 
     return apply
+
+
+def delayed(
+    script: Script, every: int, delay: int, lr: float, momentum: float
+) -> list[dict[int, Tensor]]:
+    """Liu et al. 2024: arrivals one after the other. Those of one round are equally weighted."""
+    naive = Naive(script)
+    theta = naive.start()
+    m, total, count = torch.zeros_like(theta), torch.zeros_like(theta), 0
+    out = []
+    for t in range(1, script.steps + 1):
+        peers = naive.inner_steps(t, theta, [0])
+        if t % every == 0:
+            deltas = {i: theta - vector(naive.replicas[i]) for i in peers}
+            mean, counted = naive.mean(deltas, 0, t // every)
+            old = theta
+            theta = theta - lr * mean * len(counted) / delay
+            total, count = total + mean * len(counted), count + len(counted)
+            if count >= delay:
+                m = momentum * m + total / count
+                theta = theta - lr * momentum * m
+                total, count = torch.zeros_like(theta), 0
+            for i in peers:
+                w = vector(naive.replicas[i])
+                assign(naive.replicas[i], theta if i in counted else w + theta - old)
+        out.append({i: vector(naive.replicas[i]) for i in peers})
+    return out
+
+
+def sparse(script: Script, every: int, keep: int, decay: float) -> list[dict[int, Tensor]]:
+    """SparseLoCo; the codec is the core's."""
+    naive = Naive(script)
+    theta = naive.start()
+    residual: dict[int, Tensor] = {}
+    out = []
+    for t in range(1, script.steps + 1):
+        peers = naive.inner_steps(t, theta, [0])
+        if t % every == 0:
+            total = torch.zeros_like(theta)
+            for i in peers:
+                e = decay * residual.get(i, torch.zeros_like(theta))
+                e = e + theta - vector(naive.replicas[i])
+                data = np.empty(_core.topk_bytes(e.numel(), keep), np.uint8)
+                assert _core.topk_encode(e.float().numpy(), keep, data)
+                sent = np.zeros(e.numel(), np.float32)
+                assert _core.topk_add(data, keep, 1.0, sent)
+                residual[i] = e - torch.from_numpy(sent).double()
+                total += torch.from_numpy(sent).double() / len(peers)
+            theta = theta - total
+            for i in peers:
+                assign(naive.replicas[i], theta)
+        out.append({i: vector(naive.replicas[i]) for i in peers})
+    return out
+
+
+def data_parallel(script: Script) -> list[dict[int, Tensor]]:
+    """One model; the mean of everybody's gradients."""
+    model = script.make(1).double()
+    out = []
+    for t in range(1, script.steps + 1):
+        peers = script.present(t)
+        model.zero_grad()
+        for peer in peers:
+            (loss_of(model, batch(peer, t - 1)) / len(peers)).backward()
+        for parameter in model.parameters():
+            parameter.data -= INNER_LR * parameter.grad
+        out.append(dict.fromkeys(peers, vector(model)))
+    return out

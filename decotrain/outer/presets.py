@@ -18,12 +18,13 @@ from torch import nn
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError
 from decotrain.outer.codec import CodecChoice, TopK
+from decotrain.outer.gradients import BUCKET_ELEMENTS, GradientAveraging
 from decotrain.outer.merge import Eager, Mix, Replace
 from decotrain.outer.optimizer import OuterOptimizer
 from decotrain.outer.schedule import EveryH, Staggered
 from decotrain.outer.update import SGD, ClippedMomentum, DelayedNesterov, Nesterov
 
-Choices = dict[str, Any]  # the four, as OuterOptimizer takes them
+Choices = dict[str, Any]  # the four, as OuterOptimizer takes them; ddp: as GradientAveraging does
 
 
 def local_sgd(
@@ -150,10 +151,21 @@ def muloco(
     }
 
 
-PRESETS: dict[str, Callable[..., Choices]] = {
-    preset.__name__: preset
-    for preset in (local_sgd, diloco, streaming, eager, co2, sparseloco, delayed_nesterov, muloco)
-}
+def ddp(
+    *,
+    codec: str = "f32",
+    error_feedback: bool = False,
+    bucket_elements: int = BUCKET_ELEMENTS,
+) -> Choices:
+    """The mean of the gradients in every step: no outer optimizer, for comparison."""
+    return {
+        "codec": CodecChoice.named(codec, error_feedback),
+        "bucket_elements": bucket_elements,
+    }
+
+
+_ALL = (local_sgd, diloco, streaming, eager, co2, sparseloco, delayed_nesterov, muloco, ddp)
+PRESETS: dict[str, Callable[..., Choices]] = {preset.__name__: preset for preset in _ALL}
 
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:
@@ -171,10 +183,12 @@ def make(
     *,
     state: dict[str, Any] | None = None,
     **options: Any,
-) -> OuterOptimizer:
+) -> OuterOptimizer | GradientAveraging:
     """The outer optimizer of that name, with options of its own."""
     known = options_of(name)
     for option in options:
         if option not in known:
             raise ConfigError(f"{name} has no option {option}; there are {', '.join(known)}")
+    if name == "ddp":
+        return GradientAveraging(model, optimizer, comm, **ddp(**options), state=state)
     return OuterOptimizer(model, optimizer, comm, **PRESETS[name](**options), state=state)

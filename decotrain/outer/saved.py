@@ -80,15 +80,15 @@ def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
         )
     outer.global_step = int(facts["step"])
     for f in outer.fragments:
-        _put(state["shared"], {f"{f.tag}.{key}": t for key, t in f.state.items()})
+        put(state["shared"], {f"{f.tag}.{key}": t for key, t in f.state.items()})
         f.base.copy_(f.theta)
         if private is None:
             f.write(f.theta)
             f.version, f.digest = versions[f.tag], f.state_digest()
             continue
         local = torch.empty_like(f.theta)
-        _put(private, {f"{f.tag}.{key}": t for key, t in _own(outer, f).items()})
-        _put(private, {f"{f.tag}.local": local})
+        put(private, {f"{f.tag}.{key}": t for key, t in _own(outer, f).items()})
+        put(private, {f"{f.tag}.local": local})
         f.write(local)
         f.version = int(facts["entered"][f.tag])
         f.digest = bytes.fromhex(facts["digests"][f.tag])
@@ -117,7 +117,8 @@ def _flight(tag: int, facts: dict[str, Any], private: dict[str, Tensor], peer: i
     )
 
 
-def _put(saved: dict[str, Tensor], places: dict[str, Tensor]) -> None:
+def put(saved: dict[str, Tensor], places: dict[str, Tensor]) -> None:
+    """Copies what was saved to where it is used; every place must find its own, in its shape."""
     for key, place in places.items():
         found = saved.get(key)
         if found is None or found.shape != place.shape:

@@ -49,6 +49,7 @@ class OuterSettings:
     delay: int | None = None
     keep: int | None = None
     decay: float | None = None
+    bucket_elements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "outer.delay": (1, PEERS_MAX),
     "outer.keep": (1, 4096),
     "outer.decay": (0, 1),
+    "outer.bucket_elements": (1, 1 << 28),
     "inner.lr": (0, 100),
     "inner.muon_lr": (0, 100),
     "inner.weight_decay": (0, 100),
@@ -148,7 +150,7 @@ CHOICES = {
     "inner.optimizer": ("adamw", "muon"),
     "outer.preset": (
         "local_sgd", "diloco", "streaming", "eager", "co2", "sparseloco", "delayed_nesterov",
-        "muloco",
+        "muloco", "ddp",
     ),
 }  # fmt: skip
 

@@ -23,12 +23,14 @@ from decotrain.communicator import Communicator
 from decotrain.data import Batches, Corpus, SampleOrder, open_corpus
 from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
-from decotrain.outer import OuterOptimizer, make
+from decotrain.outer import GradientAveraging, OuterOptimizer, make
 from decotrain.outer.presets import options_of
 from decotrain.train import peer
 from decotrain.train.inner import make_optimizers, set_rates
 from decotrain.train.metrics import Journal
 from decotrain.train.settings import Settings, parse
+
+Outer = OuterOptimizer | GradientAveraging
 
 EVALUATION_BATCH = 32
 ALONE = "alone"  # name of the peer that trains without a run
@@ -75,13 +77,17 @@ class Trainer:
         self.told_steps = self.steps = 0
         self.losses: list[float] = []
 
-    def inner_step(self, global_step: int) -> None:
+    def inner_step(self, global_step: int, outer: Outer | None = None) -> None:
         """One step of the inner optimizer on one batch."""
         started_s = time.perf_counter()
         windows = self.batches.at(global_step, self.lane)
         self.lr = set_rates(self.inner, global_step, self.settings.steps, self.settings.inner)
         loss = loss_of(self.model, torch.from_numpy(windows))
         loss.backward()  # type: ignore[no-untyped-call]
+        if isinstance(outer, GradientAveraging):
+            waited_s = outer.sync_s
+            outer.average()
+            started_s += outer.sync_s - waited_s
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.inner.clip)
         for optimizer in self.inner:
             optimizer.step()
@@ -110,7 +116,7 @@ class Trainer:
         """Time for a line about progress."""
         return bool(self.losses) and time.perf_counter() - self.told_s >= peer.PROGRESS_S
 
-    def save(self, folder: Path, round_number: int, outer: OuterOptimizer | None) -> None:
+    def save(self, folder: Path, round_number: int, outer: Outer | None) -> None:
         """A checkpoint; its model is the outer parameters."""
         tensors: dict[str, torch.Tensor] = {"torch_rng": torch.get_rng_state()}
         meta: dict[str, Any] = {"inner": [], "config": peer.config_of(self.folder)}
@@ -156,12 +162,14 @@ def train_alone(trainer: Trainer) -> None:
     trainer.journal.write("end", step=settings.steps)
 
 
-def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> OuterOptimizer:
+def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Outer:
     """The preset of the configuration, with the options it has."""
     settings = trainer.settings
     options = {key: v for key, v in vars(settings.outer).items() if v is not None}
     preset = options.pop("preset")
     known = options_of(preset)
+    if "sync_every" not in known:  # ddp
+        del options["sync_every"]
     if "codec" in known:  # sparseloco has its own
         options["codec"] = settings.codec.name
         options["error_feedback"] = settings.codec.error_feedback
@@ -181,7 +189,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
         inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
     while outer.global_step < settings.steps:
-        trainer.inner_step(outer.global_step)
+        trainer.inner_step(outer.global_step, outer)
         outer.step(trainer.tokens)
         if number != (number := outer.global_step // settings.outer.sync_every):
             _after_round(trainer, comm, outer, place, number)
@@ -196,7 +204,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
 
 
 def _after_round(
-    trainer: Trainer, comm: Communicator, outer: OuterOptimizer, place: Path, number: int
+    trainer: Trainer, comm: Communicator, outer: Outer, place: Path, number: int
 ) -> None:
     """What `sync_every` steps bring: a line, sometimes an evaluation, sometimes a checkpoint."""
     settings = trainer.settings
@@ -217,7 +225,7 @@ def _after_round(
         trainer.save(place, number, outer)
 
 
-def _figures(trainer: Trainer, outer: OuterOptimizer) -> dict[str, Any]:
+def _figures(trainer: Trainer, outer: Outer) -> dict[str, Any]:
     """utilisation: computing, as a part of computing and waiting for others."""
     return {
         "round": outer.global_step // trainer.settings.outer.sync_every,
