@@ -87,11 +87,13 @@ void Impl::offer_all(Round& round, std::uint8_t to) {
   }
 }
 
+// Contributions go before results: what follows from a contribution has another way to go, and the
+// link would stand idle for that long at the end of the round if the last ones came late.
 bool Impl::next_frame(PeerId to, OutFrame& frame) {
   const Member* const receiver = member(to);
   if (receiver == nullptr) return false;
   PeerQueue& queue = queues[receiver->slot];
-  for (std::deque<Outgoing>* of : {&queue.control, &queue.results, &queue.contributions}) {
+  for (std::deque<Outgoing>* of : {&queue.control, &queue.contributions, &queue.results}) {
     while (!of->empty()) {
       const Outgoing what = of->front();
       of->pop_front();
