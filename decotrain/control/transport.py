@@ -195,6 +195,11 @@ def _guard(socket: zmq.Socket[Any]) -> None:
 
 def _secure(socket: zmq.Socket[Any], own: tuple[bytes, bytes], server: bytes | None) -> None:
     """CURVE, as the server without a server's key, as its client with one."""
+    if not zmq.has("curve"):
+        raise ConfigError(
+            "this pyzmq was built without libsodium, which a token needs: install its wheel with"
+            " `pip install --force-reinstall --only-binary :all: pyzmq`"
+        )
     socket.setsockopt(zmq.CURVE_PUBLICKEY, own[0])
     socket.setsockopt(zmq.CURVE_SECRETKEY, own[1])
     if server is not None:
