@@ -35,6 +35,7 @@ SUITES = {
         "bench.wan.codecs",
         "every codec on a link of 100 Mbit/s: is a byte saved time?",
     ),
+    "wan-ownership": ("bench.wan.ownership", "one slow peer: equal shares against measured ones"),
     "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),
 }
 

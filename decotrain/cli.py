@@ -29,6 +29,7 @@ decotrain: train one model on machines that share nothing but the internet
                                        the process that decides who is in a run
   decotrain status HOST:PORT           who is in, and how they are
   decotrain leave HOST:PORT PEER       asks a peer to leave in order
+  decotrain doctor [HOST:PORT]         what stands in the way, and what to do about it
   decotrain kick HOST:PORT PEER        leaves a peer out
   decotrain token new                  the secret that keeps strangers out of a run
   decotrain replay BASE LOG -o OUT     a base model and a seed log become the tuned model
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "coordinator": operate.coordinator,
         "status": operate.status,
         "leave": operate.leave,
+        "doctor": doctor,
         "kick": operate.kick,
         "token": operate.token,
         "replay": lambda rest: _seeds(["replay", *rest]),
@@ -249,6 +251,12 @@ def _job_of(command: str) -> Any:
 
 
 # --- plan, compare
+
+
+def doctor(words: list[str]) -> int:
+    from decotrain.doctor import main
+
+    return main(words)
 
 
 def plan(words: list[str]) -> int:

@@ -20,8 +20,9 @@ from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Token, find
-from decotrain.control.transport import check_trust, split_address
+from decotrain.control.transport import check_name, check_trust, split_address
 from decotrain.errors import ConfigError
+from decotrain.farewell import FILE
 
 UNIX = "unix://"  # any free name
 SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -53,6 +54,12 @@ def ask(
     insecure: bool = False,
 ) -> Asked:
     """Arguments first, then the environment that `decotrain run` sets, then this machine."""
+    if FILE in os.environ and os.environ.get("RANK", "0") != "0":
+        raise ConfigError(
+            f"process {os.environ['RANK']} of this peer cannot join: a peer of several processes is"
+            " one peer, and process 0 joins for it; send its results to the others with"
+            " torch.distributed"
+        )
     address = address or os.environ.get("DECOTRAIN_JOIN")
     if not address:
         raise ConfigError(
@@ -60,6 +67,8 @@ def ask(
             " `decotrain run --join HOST:PORT`, or join 'local' for a run of one"
         )
     run = run or os.environ.get("DECOTRAIN_RUN") or "default"
+    if address != "local":
+        check_name(address)
     host = "127.0.0.1" if address == "local" else own_host(address)
     if listen is None:
         listen = [] if os.environ.get("DECOTRAIN_DIAL_ONLY") else os.environ.get("DECOTRAIN_LISTEN")

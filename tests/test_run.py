@@ -181,6 +181,13 @@ def test_who_is_left_out_is_not_started_again(
     assert "by an operator" in errors
 
 
+def test_only_process_0_joins(run_dir: Path) -> None:
+    with Started(run_dir, JOIN, "--standalone", "--nproc-per-node=2") as started:
+        code, _, errors = started.end()
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("decotrain: process 1 of this peer cannot join")
+
+
 def test_options() -> None:
     options = parse(["--standalone", "--nproc_per_node", "4", "-m", "package.train", "--join", "x"])
     assert options.join is None
@@ -188,6 +195,23 @@ def test_options() -> None:
     assert (options.module, options.entrypoint) == (True, "package.train")
     assert options.arguments == ("--join", "x")
     assert parse(["--join", "h:1", "--no-python", sys.executable, "-V"]).arguments == ("-V",)
+
+
+@pytest.mark.parametrize("wrong", ["run", "address", "name"])
+def test_no_way_to_the_run_is_one_line(
+    run_dir: Path, coordinator: ServerThread, wrong: str
+) -> None:
+    address, run, part = {
+        "run": (coordinator.address, "other", "this is run 'test', not 'other'"),
+        "address": ("127.0.0.1:1", "test", "no coordinator answers at 127.0.0.1:1"),
+        "name": ("no-such-host.invalid:29400", "test", "the name no-such-host.invalid does not"),
+    }[wrong]
+    with Started(run_dir, TELL, "--join", address, "--run", run) as started:
+        code, out, errors = started.end()
+    assert (code, out) == (2, "")
+    assert len(errors.splitlines()) == 1, errors
+    assert errors.startswith("decotrain: ")
+    assert part in errors
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,7 @@ def test_dependencies_stay_behind_their_fences() -> None:
         "decotrain.control.client",
         "decotrain.control.server",
         "decotrain.launch.options",
+        "decotrain.doctor",
     ],
 )
 def test_light_modules_do_not_import_torch(module: str) -> None:

@@ -38,14 +38,16 @@ MIB = {"home": 4, "mixed": 4, "flaky": 16}
 class Team:
     """Workers, one at each site of a lab."""
 
-    def __init__(self, lab: Lab, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, lab: Lab, options: Mapping[str, Any], shares: Mapping[int, float] | None = None
+    ) -> None:
         self.lab = lab
         self.workers: list[subprocess.Popen[str]] = []
         peers = len(lab.names)
         fastest = max(lab.profile.access_of(site).up_mbps for site in range(peers))
         for site in range(peers):
             # Owners' shares follow their bandwidth.
-            share = lab.profile.access_of(site).up_mbps / fastest
+            share = shares[site] if shares else lab.profile.access_of(site).up_mbps / fastest
             text = json.dumps({**options, "share": share})
             argv = [sys.executable, "-m", "bench.wan.worker", str(site), str(peers),
                     lab.local_address(site), text]  # fmt: skip

@@ -160,6 +160,7 @@ def main() -> int:
             raise SystemExit(f"wrong result: {buffer[-1]}, not {mean}")
         links = [[link["peer"], link["streams"], link["rtt_s"]] for link in ours.node.links()]
         say({"wall_s": wall_s / task["calls"], "cpu_s": cpu_s / task["calls"], "links": links,
+             "uplink_bps": ours.node.measures()["uplink_bps"],
              "sent_bytes": (sent_bytes(ours.node) - before) / task["calls"]})  # fmt: skip
     ours.node.close()
     if gloo is not None:

@@ -204,18 +204,22 @@ void Mesh::note_busy(Link& link, Clock at) {
   link.busy_mark = sent;
 }
 
-// What this machine can send, all links together: owners' shares follow it.
+// What this machine can send, all links together: owners' shares follow it. One slow receiver does
+// not fill the uplink: it counts as full while most links have more to send than they take.
 void Mesh::note_uplink(Clock at) {
-  bool busy = false;
+  std::size_t waiting = 0;
+  std::size_t up = 0;
   for (const auto& [peer, link] : links_) {
     const Stream* s = link.streams.empty() ? nullptr : stream(link.streams.front());
-    busy = busy || (link.busy_since != 0 && s != nullptr && !s->channel.is_unix());
+    if (s == nullptr || s->channel.is_unix()) continue;
+    ++up;
+    waiting += link.busy_since != 0 ? 1 : 0;
   }
   if (uplink_since_ != 0) {
     uplink_busy_s_ += at - uplink_since_;
     uplink_bytes_ += tcp_sent_bytes_ - uplink_mark_;
   }
-  uplink_since_ = busy ? at : 0;
+  uplink_since_ = 2 * waiting > up ? at : 0;
   uplink_mark_ = tcp_sent_bytes_;
   if (uplink_busy_s_ < kJudgeBusy_s) return;
   const double rate_bps = 8.0 * static_cast<double>(uplink_bytes_) / uplink_busy_s_;

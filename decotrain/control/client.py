@@ -12,7 +12,7 @@ import zmq
 
 from decotrain.control import messages as m
 from decotrain.control.token import Token, find
-from decotrain.control.transport import Handshakes, connect_dealer
+from decotrain.control.transport import Handshakes, check_name, connect_dealer
 from decotrain.errors import ConfigError, MessageError, RefusedError, UnreachableError
 
 LOOK_S = 0.05
@@ -20,6 +20,7 @@ LOOK_S = 0.05
 
 def _ask(address: str, message: Any, kind: type[Any], timeout_s: float, token: Token | None) -> Any:
     token = token or find()
+    check_name(address)
     context: zmq.Context[Any] = zmq.Context()
     try:
         socket = connect_dealer(context, address, token=token)

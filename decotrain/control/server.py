@@ -131,6 +131,8 @@ class Server:
             if isinstance(effect, Persist):
                 self._persist(effect.record)
             elif isinstance(effect, Send):
+                if isinstance(effect.message, messages.Status):  # for who compares clocks
+                    effect.message.status["wall_s"] = time.time()
                 self._send(effect.to, messages.encode(effect.message))
             elif isinstance(effect, Log):
                 logger.info("%s: %s", effect.kind, effect.text)

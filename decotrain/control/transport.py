@@ -49,6 +49,18 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def check_name(address: str) -> None:
+    """ZeroMQ tries for ever to resolve a name that is not there; a person wants to be told."""
+    host, port = split_address(address)
+    try:
+        sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"the name {host} does not resolve ({error.strerror or error}): check its spelling and"
+            " this machine's network, or give the number of the address"
+        ) from None
+
+
 def endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
