@@ -58,6 +58,55 @@ void write(const Header& h, std::span<std::byte, kHeaderBytes> out) {
   put(p + 56, h.c);
 }
 
+bool may_be_short(FrameType type) {
+  return type != FrameType::hello && type != FrameType::ping && type != FrameType::pong;
+}
+
+std::size_t shorten(const HeaderBytes& header, const HeaderBytes& base, HeaderBytes& out) {
+  std::uint64_t differs = 0;
+  for (std::size_t i = 0; i < kHeaderBytes; ++i) {
+    differs |= std::uint64_t{header[i] != base[i]} << i;
+  }
+  const auto count = static_cast<std::size_t>(std::popcount(differs));
+  if (kShortHeaderBytes + count >= kHeaderBytes) {
+    out = header;
+    return kHeaderBytes;
+  }
+  out[0] = kShortMark;
+  out[1] = header[4];
+  put(out.data() + 2, differs);
+  std::size_t at = kShortHeaderBytes;
+  for (std::uint64_t left = differs; left != 0; left &= left - 1) {
+    out[at++] = header[static_cast<std::size_t>(std::countr_zero(left))];
+  }
+  return at;
+}
+
+std::size_t header_bytes(std::span<const std::byte> front) {
+  if (front.empty()) return 0;
+  if (front[0] != kShortMark) return kHeaderBytes;
+  if (front.size() < kShortHeaderBytes) return 0;
+  const auto differs = get<std::uint64_t>(front.data() + 2);
+  return kShortHeaderBytes + static_cast<std::size_t>(std::popcount(differs));
+}
+
+std::uint8_t type_of(std::span<const std::byte> header) {
+  return std::to_integer<std::uint8_t>(header[header[0] == kShortMark ? 1 : 4]);
+}
+
+HeaderBytes lengthen(std::span<const std::byte> header, const HeaderBytes& base) {
+  HeaderBytes whole = base;
+  if (header[0] != kShortMark) {
+    std::memcpy(whole.data(), header.data(), kHeaderBytes);
+    return whole;
+  }
+  std::size_t at = kShortHeaderBytes;
+  for (auto left = get<std::uint64_t>(header.data() + 2); left != 0; left &= left - 1) {
+    whole[static_cast<std::size_t>(std::countr_zero(left))] = header[at++];
+  }
+  return whole;
+}
+
 std::optional<Header> parse(std::span<const std::byte, kHeaderBytes> bytes) {
   const std::byte* p = bytes.data();
   if (get<std::uint32_t>(p) != kMagic) return std::nullopt;

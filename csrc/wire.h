@@ -57,6 +57,22 @@ void write(const Header& header, std::span<std::byte, kHeaderBytes> out);
 // Nothing when the bytes are no header of ours.
 std::optional<Header> parse(std::span<const std::byte, kHeaderBytes> bytes);
 
+// A short header: what differs from `base`, the last header of its type on the stream. A byte that
+// no whole header begins with, the type, one bit for each byte that differs, those bytes.
+using HeaderBytes = std::array<std::byte, kHeaderBytes>;
+constexpr std::byte kShortMark{0x73};
+constexpr std::size_t kShortHeaderBytes = 10;  // without the bytes that differ
+// Hello, ping and pong are always whole: they overtake others, and are no base.
+bool may_be_short(FrameType type);
+// Writes the header whole or short into `out`; how many bytes it has now.
+std::size_t shorten(const HeaderBytes& header, const HeaderBytes& base, HeaderBytes& out);
+// Bytes of the header at the front of what has come; 0 when more has to come to tell.
+std::size_t header_bytes(std::span<const std::byte> front);
+// The type of a header that `header_bytes` has measured, in range or not.
+std::uint8_t type_of(std::span<const std::byte> header);
+// The whole header. `header` has as many bytes as `header_bytes` says.
+HeaderBytes lengthen(std::span<const std::byte> header, const HeaderBytes& base);
+
 // The digest of payloads, chunks and rounds: XXH3, 64 bits.
 std::uint64_t digest(std::span<const std::byte> bytes);
 

@@ -10,6 +10,7 @@ links and rounds are measured and nothing else. It knows neither the lab nor pro
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections import deque
@@ -108,11 +109,12 @@ def sent_bytes(node: Any) -> int:
 
 def steps(ours: Ours, task: dict[str, Any]) -> dict[str, Any]:
     """Collect rounds with `ahead` more begun than waited for: SPSA's exchange, and nothing else."""
-    node, data = ours.node, bytes(task["bytes"])
+    node, dice = ours.node, random.Random(ours.rank)
     under_way: deque[Any] = deque()
     before, start = sent_bytes(node), time.perf_counter()
     for number in range(task["calls"] + task["ahead"]):
         if number < task["calls"]:
+            data = dice.randbytes(task["bytes"])
             under_way.append(node.collect(data, tag=1, max_bytes=task["bytes"]))
         if number >= task["ahead"]:
             work = under_way.popleft()

@@ -1,6 +1,7 @@
 // Mesh, second part: frames in, frames out, frames for others.
 #include <algorithm>
 #include <array>
+#include <cassert>
 #include <cstring>
 #include <span>
 
@@ -14,7 +15,15 @@ constexpr std::size_t kGatherBytes = 256 << 10;     // small frames share a syst
 constexpr std::size_t kLargeFrameBytes = 64 << 10;  // worth timing
 constexpr int kTurnsPerServe = 4;  // system calls for one stream before others have their turn
 
-std::size_t frame_bytes(const OutFrame& frame) { return kHeaderBytes + frame.header.payload_bytes; }
+std::span<const std::byte> staged_bytes(const Stream& s) {
+  return {s.staging.get() + s.staged_from, s.staged()};
+}
+
+// All bytes of the next header have come.
+bool header_here(const Stream& s) {
+  const std::size_t bytes = header_bytes(staged_bytes(s));
+  return bytes != 0 && s.staged() >= bytes;
+}
 
 }  // namespace
 
@@ -41,7 +50,7 @@ void Mesh::read_some(Stream& s, Clock at) {
       }
       if (s.in_got < s.in.payload_bytes) continue;
       finish_frame(s, at);
-    } else if (s.has_header || s.staged() >= kHeaderBytes) {
+    } else if (s.has_header || header_here(s)) {
       if (!next_header(s, at)) return;
     } else {
       if (!s.readable) return;
@@ -63,15 +72,19 @@ void Mesh::read_some(Stream& s, Clock at) {
 
 bool Mesh::next_header(Stream& s, Clock at) {
   if (!s.has_header) {
-    const std::span<const std::byte, kHeaderBytes> bytes(s.staging.get() + s.staged_from,
-                                                         kHeaderBytes);
-    const auto header = parse(bytes);
-    if (!header) {
+    const auto bytes = staged_bytes(s).first(header_bytes(staged_bytes(s)));
+    const std::size_t type = type_of(bytes);
+    const bool known = type < Stream::kTypes;
+    const HeaderBytes whole = lengthen(bytes, known ? s.received_last[type] : HeaderBytes{});
+    const auto header = known ? parse(whole) : std::nullopt;
+    // The type of a short header is said twice, and has to be the same.
+    if (!header || static_cast<std::size_t>(header->type) != type) {
       emit(MeshEvent::Kind::refused, s.peer, "bytes that are no frame");
       close(s, "bytes that are no frame", at);
       return false;
     }
-    s.staged_from += kHeaderBytes;
+    if (may_be_short(header->type)) s.received_last[type] = whole;
+    s.staged_from += bytes.size();
     s.in = *header;
     s.has_header = true;
   }
@@ -230,7 +243,8 @@ void Mesh::write_some(Stream& s, Clock at) {
     for (const Stream::Out& out : s.out) {
       if (count + 2 > static_cast<int>(parts.size()) || wanted >= options_.io_bytes) break;
       const std::array<std::pair<const std::byte*, std::size_t>, 2> pieces{
-          {{out.header.data(), kHeaderBytes}, {out.frame.payload, out.frame.header.payload_bytes}}};
+          {{out.header.data(), out.header_bytes},
+           {out.frame.payload, out.frame.header.payload_bytes}}};
       for (const auto& [from, size] : pieces) {
         const std::size_t n = size - std::min(size, skip);
         if (n == 0) {
@@ -267,7 +281,7 @@ void Mesh::wrote(Stream& s, std::size_t bytes, Clock at) {
   }
   s.out_sent += bytes;
   while (!s.out.empty()) {
-    const std::size_t size = frame_bytes(s.out.front().frame);
+    const std::size_t size = s.out.front().bytes();
     if (s.out_sent < size) break;
     s.out_sent -= size;
     if (size >= kLargeFrameBytes && s.frame_started != 0) {
@@ -288,8 +302,13 @@ bool Mesh::refill(Stream& s) {
   while (s.out.size() < kFramesPerWrite && bytes < enough) {
     Stream::Out out;
     if (!next_for(*link, out.frame)) break;
-    write(out.frame.header, out.header);
-    bytes += frame_bytes(out.frame);
+    HeaderBytes whole;
+    write(out.frame.header, whole);
+    assert(may_be_short(out.frame.header.type));
+    HeaderBytes& last = s.sent_last[static_cast<std::size_t>(out.frame.header.type)];
+    out.header_bytes = shorten(whole, last, out.header);
+    last = whole;
+    bytes += out.bytes();
     s.out.push_back(std::move(out));
   }
   s.frame_started = now();

@@ -58,12 +58,18 @@ struct Stream {
 
   bool local = false;  // within this host
 
+  // The last header of each type, both ways: what short headers are made from.
+  static constexpr std::size_t kTypes = static_cast<std::size_t>(FrameType::state) + 1;
+  std::array<HeaderBytes, kTypes> sent_last{}, received_last{};
+
   // writing
   bool writable = false;
   bool blocked = false;  // the kernel took less than offered, and has not said it has room since
   struct Out {
     OutFrame frame;
-    std::array<std::byte, kHeaderBytes> header{};
+    HeaderBytes header{};
+    std::size_t header_bytes = kHeaderBytes;  // fewer when it is short
+    std::size_t bytes() const { return header_bytes + frame.header.payload_bytes; }
   };
   std::deque<Out> out;       // the frames now going out; the first one partly
   std::size_t out_sent = 0;  // bytes of the first one

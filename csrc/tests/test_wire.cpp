@@ -1,8 +1,10 @@
 // Bytes of frames and specifications against docs/wire.md, and that garbage is no frame.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <random>
+#include <span>
 
 #include "wire.h"
 
@@ -125,4 +127,57 @@ TEST_CASE("a specification is packed and checked") {
   CHECK_FALSE(unpack_spec(std::span(packed).first(23)).has_value());
   spec.chunk_elements = 0;
   CHECK_FALSE(unpack_spec(pack(spec)).has_value());
+}
+
+TEST_CASE("a short header is what differs, and comes out whole") {
+  std::mt19937_64 random(7);
+  HeaderBytes base{};
+  for (int turn = 0; turn < 2000; ++turn) {
+    HeaderBytes header = base;
+    if (turn % 100 == 0) write(example(), header);
+    const int changes = static_cast<int>(random() % 70);
+    for (int i = 0; i < changes; ++i) {
+      // The type is the base's: a stream has one base for each type.
+      const std::size_t at = random() % kHeaderBytes;
+      if (at != 4) header[at] = static_cast<std::byte>(random());
+    }
+    HeaderBytes out{};
+    const std::size_t bytes = shorten(header, base, out);
+    REQUIRE(bytes <= kHeaderBytes);
+    // A whole header has to begin with what no short one begins with, as `write` makes it.
+    if (bytes == kHeaderBytes && out[0] == kShortMark) continue;
+    for (std::size_t known = 0; known < std::min(bytes, kShortHeaderBytes); ++known) {
+      const std::size_t told = header_bytes(std::span(out).first(known));
+      CHECK((told == 0 || told == bytes));
+    }
+    REQUIRE(header_bytes(out) == bytes);
+    CHECK(type_of(out) == std::to_integer<std::uint8_t>(header[4]));
+    CHECK(lengthen(std::span(out).first(bytes), base) == header);
+    base = header;
+  }
+}
+
+TEST_CASE("frames of one round after the other have few bytes of header") {
+  Header header = example();
+  HeaderBytes base{};
+  HeaderBytes next{};
+  write(header, base);
+  header.seq += 1;
+  header.b = 0xf0f1f2f3f4f5f6f7;
+  write(header, next);
+  HeaderBytes out{};
+  CHECK(shorten(next, base, out) == kShortHeaderBytes + 1 + 8);
+}
+
+TEST_CASE("any bytes make a header of bounded length that is checked") {
+  std::mt19937_64 random(8);
+  for (int turn = 0; turn < 2000; ++turn) {
+    std::array<std::byte, kShortHeaderBytes + kHeaderBytes> bytes{};
+    for (std::byte& one : bytes) one = static_cast<std::byte>(random());
+    bytes[0] = kShortMark;
+    const std::size_t count = header_bytes(bytes);
+    REQUIRE(count <= bytes.size());
+    const HeaderBytes whole = lengthen(std::span(bytes).first(count), HeaderBytes{});
+    CHECK_FALSE(parse(whole).has_value());
+  }
 }
