@@ -2,6 +2,7 @@
 // receive.cpp, send.cpp (frames) and views.cpp (freeze, install).
 #pragma once
 
+#include <array>
 #include <deque>
 #include <map>
 #include <optional>
@@ -146,7 +147,9 @@ struct Engine::Impl {
   const EngineOptions options;
 
   View view;
-  View previous;  // the one before, as names of its slots
+  // Who was active in which slot last, in any view we had: who has left may be in sums we learn of
+  // only later.
+  std::array<PeerId, kMaxPeers> names{};
   Roles roles;
   bool frozen = false;
   FreezeId newest_freeze;

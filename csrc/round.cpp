@@ -41,7 +41,6 @@ bool Round::eager() const {
 
 void Round::remember(const View& view) {
   for (const Member& member : view.members) {
-    // A slot that an open round speaks of is given to nobody else: the newest name is right.
     if (member.active) peers[member.slot] = member.peer;
   }
 }

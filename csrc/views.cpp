@@ -121,8 +121,11 @@ bool Impl::install(const Install& plan, double now) {
   if (!frozen && !planted(Plant::goes_on)) return false;
   if (plan.answers != newest_freeze || plan.view.id <= view.id) return false;
   const bool was_active = roles.self_active();
-  previous = std::move(view);
   view = plan.view;
+  for (const Member& member : view.members) {
+    // A slot that an open round speaks of is given to nobody else: the newest name is right.
+    if (member.active) names[member.slot] = member.peer;
+  }
   adopt_roles();
   frozen = false;
   answered = plan.answers;
@@ -252,8 +255,7 @@ void Impl::install_round(const RoundPlan& plan, const TagPlan& tag_plan) {
   round.stable_by_plan = plan.stable;
   round.plan_digest = tag_plan.digest;
   round.complete = false;
-  round.remember(previous);  // who has left since may be in sums we learn of only now
-  round.remember(view);
+  round.peers = names;
   // Values of a stable round count only with its digest: a report may hold values of a branch that
   // was redone and closed since.
   bool possible = !plan.stable || (seq == tag_plan.stable && tag_plan.digest != 0);

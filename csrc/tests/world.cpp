@@ -185,8 +185,26 @@ void World::begin_some() {
   }
 }
 
+void World::install(Peer& peer, const Install& made) {
+  if (!peer.engine->install(made, now)) return;
+  for (const Member& member : made.view.members) {
+    if (member.active) peer.met[member.slot] = member.peer;
+  }
+}
+
+// Whoever is in a sum is named, also when it has left: by all who had it in a view of theirs.
+void World::check_names(const Peer& peer, const RoundResult& result) {
+  for (const auto& [slot, name] : result.peers) {
+    const auto met = peer.met.find(slot);
+    if (met == peer.met.end() || met->second == name) continue;
+    violations_.push_back("peer " + std::to_string(peer.id) + " names " + std::to_string(name) +
+                          " in place of " + std::to_string(met->second));
+  }
+}
+
 // Each contribution is a power of two: the sum names its contributors (promise P4).
 void World::check_sum(const Peer& peer, const RoundResult& result) {
+  check_names(peer, result);
   for (std::size_t c = 0; c < result.chunks.size(); ++c) {
     std::vector<float> values(result.chunk_bytes[c] / sizeof(float));
     if (!values.empty()) std::memcpy(values.data(), result.chunks[c], result.chunk_bytes[c]);
@@ -295,7 +313,7 @@ void World::late_install() {
   if (installs_.empty()) return;
   const std::size_t back = 1 + random(std::min<std::size_t>(installs_.size(), 3));
   Peer& late = peers_[random(peers_.size())];
-  if (late.alive) late.engine->install(installs_[installs_.size() - back], now);
+  if (late.alive) install(late, installs_[installs_.size() - back]);
 }
 
 void World::act() {

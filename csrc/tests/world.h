@@ -42,6 +42,7 @@ struct Peer {
   std::map<std::uint32_t, State> state;
   std::map<std::uint32_t, std::uint64_t> begun;  // tag -> open round of ours
   std::map<std::pair<std::uint32_t, std::uint64_t>, std::uint64_t> returned;  // -> digest
+  std::map<std::uint8_t, PeerId> met;  // who was active in which slot, in views it installed
 };
 
 struct WorldOptions {
@@ -83,6 +84,8 @@ class World {
  private:
   std::uint64_t random(std::uint64_t n) { return rng_() % n; }
   void late_install();
+  void install(Peer& peer, const Install& made);
+  void check_names(const Peer& peer, const RoundResult& result);
   void send_one(std::size_t from, std::size_t to);
   bool deliver(std::size_t from, std::size_t to, Stream& stream);
   void begin(Peer& peer, std::uint32_t tag);

@@ -49,7 +49,7 @@ void World::change_view(bool lossy) {
     for (std::uint64_t k = lossy ? random(6) : 0; k > 0; --k) move(false);
     if (lossy && random(4) == 0) late_install();
     if (lossy && random(10) == 0) continue;
-    if (peers_[i].alive) peers_[i].engine->install(made, now);
+    if (peers_[i].alive) install(peers_[i], made);
   }
 }
 

@@ -234,13 +234,20 @@ class World:
     def _run(self) -> None:
         from tests.sim.faults import strike
 
+        self.begin()
+        for when_s, kind in self.options.faults:
+            self.at(when_s, lambda kind=kind: strike(self, kind))
+        self.run_until(self.options.fault_s)
+        self.finish()
+
+    def begin(self) -> None:
         self.note("options", self.options)
         self.start_coordinator()
         for process in range(self.options.peers):
             self.after(self.draw.random() * 0.2, lambda process=process: self.start_peer(process))
-        for when_s, kind in self.options.faults:
-            self.at(when_s, lambda kind=kind: strike(self, kind))
-        self.run_until(self.options.fault_s)
+
+    def finish(self) -> None:
+        """No more faults: everybody alive makes progress, or Violation."""
         self.heal()
         goal = {peer.id: dict(peer.done_rounds) for peer in self.live()}
         if not self.run_until(self.now + HEAL_S, lambda: self.progressed(goal)):
