@@ -207,6 +207,7 @@ def test_bombs_of_a_member_are_dropped(process: Process) -> None:
 
 def test_a_kicked_peer_does_not_come_back(coordinator: ServerThread) -> None:
     a = agent(coordinator.address, "a", TOKEN, run=MARK)
+    until(lambda: len(a.shared.members) == 1)  # so that it is not b whom nobody can do without
     b = agent(coordinator.address, "b", TOKEN, run=MARK, host="h", launch="one")
     try:
         until(lambda: len(a.shared.members) == 2 == len(b.shared.members))
