@@ -21,6 +21,7 @@ SUITES = {
     "crypto": ("bench.crypto", "what TLS costs, and a round while strangers knock"),
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),
     "spsa_learning": ("bench.spsa_learning", "fine-tuning with SPSA: 4 peers, 1 peer, float32"),
+    "outer": ("bench.outer", "every outer optimizer on equal tokens: loss, bytes, peak"),
     "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),
     "join": ("bench.join", "a newcomer fetches a live run's state, and what the others notice"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from decotrain.errors import ConfigError
-from decotrain.outer import Eager, EveryH, Fragment, Nesterov, OuterOptimizer, make
+from decotrain.outer import Eager, EveryH, Fragment, Nesterov, OuterOptimizer, Staggered, make
 from tests import outer_naive as naive
 from tests.fake_comm import WAIT_S, FakeRun
 from tests.outer_naive import Script, deep, vector
 from tests.outer_runs import assert_close, batch, loss_of, run_peers
+from tests.tree import ROOT
 
 Make = Callable[[nn.Module, torch.optim.Optimizer, Any], Any]
 
@@ -254,7 +258,45 @@ def test_ddp_wants_one_backward_pass_for_each_step() -> None:
         loss_of(model, batch(1, 1)).backward()
 
 
+# --- the outer optimizer of the documentation
+
+
+def test_the_example_in_the_documentation() -> None:
+    text = (ROOT / "docs/outer.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(code.splitlines()) < 50
+    place: dict[str, Any] = {}
+    exec(compile(code, "docs/outer.md", "exec", dont_inherit=True), place)
+    _, outers = lockstep(
+        Script(20, three), lambda m, o, c: place["heavy_ball"](m, o, c, sync_every=4)
+    )
+    assert outers[1].digest() == outers[2].digest() == outers[3].digest()
+    assert outers[1].rounds() == 4, "the fifth is under way"
+    one, sent = outers[1].fragments[0], deepcopy(outers[1].state_dict())["private"]["0.sent"]
+    assert one.buffers["velocity"].any()
+    assert sent.shape == one.theta.shape
+
+
 # --- bounds
+
+
+def test_fragments_lower_the_peak_and_not_the_sum() -> None:
+    """A5 and A6: H / P steps apart, the same for a newcomer; P times less in any one step."""
+    names = [f"blocks.{layer}.weight" for layer in range(8)]
+    whole, parts = Staggered(32, layers=8, overlap=1), Staggered(32, layers=2, overlap=1)
+    assert [len(schedule.fragments(names)) for schedule in (whole, parts)] == [1, 4]
+    sizes = [2, 2, 2, 2]
+    moved = [sum(sizes[tag] for tag, _ in parts.sends(step)) for step in range(1, 32 * 21)]
+    once = [8 * len(whole.sends(step)) for step in range(1, 32 * 21)]
+    assert sum(moved) == sum(once)
+    assert max(once) == 4 * max(moved)
+    steps = [step for step in range(1, 32 * 21) if parts.sends(step)]
+    assert {b - a for a, b in pairwise(steps)} == {8}
+    assert all(
+        parts.sent_at(tag, number) == step for step in steps for tag, number in parts.sends(step)
+    )
+    with pytest.raises(ConfigError, match="too long"):
+        Staggered(32, layers=2, overlap=8).fragments(names)
 
 
 def test_eager_peers_stay_close() -> None:

@@ -145,16 +145,16 @@ def test_a_whole_run_with_its_baseline(place: Path, start: Callable[..., Running
 
 
 def test_a_sweep_is_one_run_for_each_value(place: Path, start: Callable[..., Running]) -> None:
-    start("-m", "name=sweep", "peers=2", "steps=20", "outer.lr=0.4,0.7").end()
+    start("-m", "name=sweep", "peers=2", "steps=20", "outer=streaming,ddp", "codec=e2m1+int8").end()
     found = {
-        json.loads((folder / "config.json").read_text())["outer"]["lr"]: folder
+        json.loads((folder / "config.json").read_text())["outer"]["preset"]: folder
         for folder in (place / "runs" / "sweep").iterdir()
         if folder.is_dir()
     }
-    assert set(found) == {0.4, 0.7}
+    assert set(found) == {"streaming", "ddp"}
     assert all((folder / "summary.json").is_file() for folder in found.values())
     runs = {run.label: run for run in compare.read_all([place / "runs" / "sweep"])}
-    assert set(runs) == {"outer.lr=0.4", "outer.lr=0.7"}
+    assert set(runs) == {"streaming", "ddp"}
     for run in runs.values():
         assert run.last.step == 20
         assert 0 < run.last.sent_bytes <= run.sent_bytes

@@ -266,7 +266,7 @@ class GradientAveraging:
 
     def state_dict(self) -> dict[str, Any]:
         """As of `OuterOptimizer`; take it between steps."""
-        shared = {f"{b.tag}.{key}": t for b in self.buckets for key, t in b.state.items()}
+        shared = {f"{b.tag}.{key}": t.clone() for b in self.buckets for key, t in b.state.items()}
         return {
             "shared": shared,
             "private": {f"{tag}.residual": tensor for tag, tensor in self.residuals.items()},

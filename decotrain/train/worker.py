@@ -73,7 +73,7 @@ class Trainer:
         self.inner = make_optimizers(self.model, settings.inner)
         self.tokens = settings.batch * context  # of one inner step
         self.told_s = time.perf_counter()
-        self.computing_s = 0.0  # in inner steps
+        self.computing_s = self.lr = 0.0  # computing: in inner steps
         self.told_steps = self.steps = 0
         self.losses: list[float] = []
 

@@ -1,0 +1,249 @@
+"""Every outer optimizer on the same tokens: loss, bytes and peak, in one process.
+
+Peers are threads, each with a `Communicator` of a run on the loopback: rounds, codecs and bytes are
+the real ones, and computing is all that takes time. Each variant trains the example model on the
+default text for the same number of steps of the same number of peers, from the same first
+parameters, on the same samples; its loss is that of the outer parameters on held-out text, relative
+to `ddp` with the same seed. Bytes are what all peers sent. `peak_step_bytes` is the most that one
+peer's rounds move within one inner step (encoded, each way): the bandwidth that a link needs when a
+step takes a second. `utilisation` is computing / (computing + waiting), peers waiting for each
+other's turn on the processor included.
+
+`naive delay` (results one round late, nothing else) and `diloco, 30 % dropped` (each contribution
+left out with probability 0.3) are there to compare with.
+
+Options (`--set`): peers=4, steps=800, every=16, seeds=3, width=64, layers=4, context=64, batch=4,
+lr=3e-3, variants=a;b (names from the table; default: all), data=PATH (default: Python's sources).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.common import Report, Settings, log
+from decotrain.communicator import Communicator, join
+from decotrain.control.coordinator import Options
+from decotrain.control.server import ServerThread
+from decotrain.data import Batches, SampleOrder, open_corpus
+from decotrain.model import ModelConfig, Transformer, loss_of
+from decotrain.outer import (
+    EveryH,
+    GradientAveraging,
+    Nesterov,
+    OuterOptimizer,
+    make,
+)
+from decotrain.train.inner import make_optimizers, set_rates
+from decotrain.train.settings import InnerSettings
+from decotrain.train.worker import held_out_loss
+
+WAIT_S = 600.0
+DROPPED = 0.3
+HELD_OUT_WINDOWS = 512
+Build = Callable[[nn.Module, Any, Communicator, int], Any]
+
+
+def preset(name: str, **options: Any) -> Build:
+    def build(model: nn.Module, inner: Any, comm: Communicator, every: int) -> Any:
+        own = {} if name == "ddp" else {"sync_every": every}
+        return make(name, model, inner, comm, **own, **options)
+
+    return build
+
+
+def naive_delay(model: nn.Module, inner: Any, comm: Communicator, every: int) -> Any:
+    schedule = EveryH(every, overlap=every)
+    return OuterOptimizer(model, inner, comm, schedule=schedule, update=Nesterov(0.4, 0.6))
+
+
+FOUR = {"codec": "e2m1+int8", "error_feedback": True}
+VARIANTS: dict[str, tuple[Build, str]] = {  # how it is made, and the inner optimizer
+    "ddp": (preset("ddp"), "adamw"),
+    "local_sgd": (preset("local_sgd"), "adamw"),
+    "diloco": (preset("diloco", momentum=0.6), "adamw"),
+    "diloco, 30 % dropped": (preset("diloco", momentum=0.6), "adamw"),
+    "streaming": (preset("streaming", layers=1, momentum=0.6), "adamw"),
+    "streaming e2m1+int8": (preset("streaming", layers=1, momentum=0.6, **FOUR), "adamw"),
+    "streaming e3m0": (
+        preset("streaming", layers=1, momentum=0.6, codec="e3m0", error_feedback=True), "adamw"
+    ),
+    "eager": (preset("eager", lr=0.4, momentum=0.6), "adamw"),
+    "naive delay": (naive_delay, "adamw"),
+    "co2": (preset("co2"), "adamw"),
+    "sparseloco": (preset("sparseloco"), "adamw"),
+    "delayed_nesterov": (preset("delayed_nesterov", delay=4, momentum=0.6), "adamw"),
+    "muloco e2m1+int8": (preset("muloco", momentum=0.6), "muon"),
+}  # fmt: skip
+
+
+class Counting:
+    """A communicator that counts what its rounds move, by step, and drops contributions."""
+
+    def __init__(self, comm: Communicator, dropped: float, seed: int) -> None:
+        self._comm, self._dropped, self._random = comm, dropped, random.Random(seed)
+        self.step = 0
+        self.moved: dict[int, float] = defaultdict(float)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def all_reduce(self, values: Any, *, weight: float, **options: Any) -> Any:
+        from decotrain import _core
+
+        if self._dropped and self.step and self._random.random() < self._dropped:
+            weight = 0.0
+        codec = options.get("codec", "f32")
+        peers = len(self._comm.members)
+        each = _core.codec_bytes(codec, values.numel())
+        back = _core.codec_bytes(options.get("result_codec") or codec, values.numel())
+        self.moved[self.step] += max(each, back) * 2 * (peers - 1) / peers
+        return self._comm.all_reduce(values, weight=weight, **options)
+
+    def collect(self, data: bytes | None, **options: Any) -> Any:
+        self.moved[self.step] += len(data or b"") * (len(self._comm.members) - 1)
+        return self._comm.collect(data, **options)
+
+
+class Case:
+    """One variant with one seed."""
+
+    def __init__(self, settings: Settings, name: str, seed: int) -> None:
+        self.name, self.seed = name, seed
+        small = settings.quick
+        number = lambda key, default, quick: int(  # noqa: E731
+            settings.option(key, str(quick if small else default))
+        )
+        self.peers, self.steps = number("peers", 4, 2), number("steps", 800, 16)
+        self.every, self.batch = number("every", 16, 8), number("batch", 4, 1)
+        width, layers = number("width", 64, 16), number("layers", 4, 2)
+        context = number("context", 64, 16)
+        self.config = ModelConfig(layers, width, 2, 1, 2 * width, context)
+        self.inner = InnerSettings(
+            VARIANTS[name][1], float(settings.option("lr", "3e-3")), 0.02, (0.9, 0.99), 0.1, 1.0,
+            min(50, self.steps // 4), 0.1,
+        )  # fmt: skip
+        self.corpus = open_corpus(settings.options.get("data"), context)
+        self.figures: dict[int, dict[str, float]] = {}
+        self.errors: list[BaseException] = []
+
+    def run(self) -> dict[str, float]:
+        """Metrics: the mean of peers, or their sum for bytes."""
+        server = ServerThread(Options(run="bench", min_peers=self.peers))
+        threads = [
+            threading.Thread(target=self._guarded, args=(peer, server.address), daemon=True)
+            for peer in range(self.peers)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(WAIT_S)
+        finally:
+            server.stop()
+        if self.errors:
+            raise self.errors[0]
+        assert len(self.figures) == self.peers, f"{self.name}: a peer hangs"
+        each = list(self.figures.values())
+        return {
+            "held_out_nats": self.figures[0]["held_out_nats"],
+            "sent_megabytes": sum(one["sent_bytes"] for one in each) / 1e6,
+            "peak_step_kilobytes": max(one["peak"] for one in each) / 1e3,
+            "utilisation": sum(one["utilisation"] for one in each) / len(each),
+        }
+
+    def _guarded(self, peer: int, address: str) -> None:
+        try:
+            self._peer(peer, address)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _peer(self, peer: int, address: str) -> None:
+        model = self._model()
+        inner = make_optimizers(model, self.inner)
+        raw = join(address, name=f"peer-{peer}", run="bench", listen="127.0.0.1", timeout_s=WAIT_S)
+        dropped = DROPPED if "dropped" in self.name else 0.0
+        comm = Counting(raw, dropped, 100 * self.seed + peer)
+        outer = VARIANTS[self.name][0](model, inner, comm, self.every)  # type: ignore[arg-type]
+        order = SampleOrder(len(self.corpus.train), self.config.context, self.seed)
+        batches = Batches(self.corpus, order, self.config.context, self.batch, self.peers)
+        computing_s = 0.0
+        while outer.global_step < self.steps:
+            comm.step = outer.global_step + 1
+            started_s, waited_s = time.perf_counter(), outer.sync_s
+            set_rates(inner, outer.global_step, self.steps, self.inner)
+            loss_of(model, torch.from_numpy(batches.at(outer.global_step, peer))).backward()
+            if isinstance(outer, GradientAveraging):
+                outer.average()
+            nn.utils.clip_grad_norm_(model.parameters(), self.inner.clip)
+            for one in inner:
+                one.step()
+                one.zero_grad()
+            computing_s += time.perf_counter() - started_s - (outer.sync_s - waited_s)
+            outer.step(self.batch * self.config.context)
+        outer.finish()
+        loss = 0.0
+        if peer == 0:
+            with outer.swapped() as tested:
+                loss = held_out_loss(tested, self.corpus, self.config.context, HELD_OUT_WINDOWS)
+        moved = [bytes_ for step, bytes_ in comm.moved.items() if step]
+        self.figures[peer] = {
+            "held_out_nats": loss,
+            "sent_bytes": raw.figures()["bytes_out"],
+            "peak": max(moved),
+            "utilisation": computing_s / (computing_s + outer.sync_s),
+        }
+        raw.leave()
+
+    def _model(self) -> Transformer:
+        with MAKING:
+            torch.manual_seed(self.seed)
+            return Transformer(self.config)
+
+
+MAKING = threading.Lock()  # torch's generator is one for the process
+
+
+def run(settings: Settings) -> Report:
+    report = Report("outer", "Outer optimizers: loss, bytes and peak on equal tokens", settings)
+    quick = ["ddp", "diloco", "streaming e2m1+int8", "sparseloco"] if settings.quick else VARIANTS
+    chosen = settings.option("variants", ";".join(quick)).split(";")
+    seeds = int(settings.option("seeds", "1" if settings.quick else "3"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, list[float]]] = {}
+    try:
+        for seed in range(settings.seed, settings.seed + seeds):  # variants in turns
+            for name in chosen:
+                started_s = time.perf_counter()
+                case = Case(settings, name, seed)
+                figures = case.run()
+                base = found.get("ddp", {}).get("held_out_nats", [])
+                if name == "ddp" or len(base) > seed - settings.seed:
+                    ddp = figures["held_out_nats"] if name == "ddp" else base[-1]
+                    figures["over_ddp_percent"] = 100 * (figures["held_out_nats"] / ddp - 1)
+                for key, value in figures.items():
+                    found.setdefault(name, {}).setdefault(key, []).append(value)
+                log(f"{name}, seed {seed}: {figures}, {time.perf_counter() - started_s:.0f} s")
+    finally:
+        torch.set_num_threads(threads)
+    for name, metrics in found.items():
+        report.add({"variant": name}, **metrics)
+    parameters = sum(p.numel() for p in case._model().parameters())
+    report.note(
+        f"{case.peers} peers, {parameters:,} parameters, {case.steps} steps of"
+        f" {case.batch} x {case.config.context} bytes each, a round every {case.every}"
+        f" ({case.steps // case.every} rounds), {seeds} seeds from {settings.seed}."
+    )
+    columns = ["held_out_nats", "over_ddp_percent", "sent_megabytes", "peak_step_kilobytes",
+               "utilisation"]  # fmt: skip
+    report.table("all", columns)
+    report.plot("loss", "variant", "held_out_nats", title="Held-out loss of the outer parameters")
+    return report
