@@ -50,6 +50,7 @@ model, and exchange what they learned only now and then. Any peer may be killed:
   decotrain train data.path=/some/folder               any text file, folder or glob
   decotrain train baseline=true                        compare with one peer alone
   decotrain train name=first resume=auto               go on from the newest checkpoint
+  decotrain train join=HOST:29400 peers=1              one more peer of a run elsewhere
   decotrain train -m outer.lr=0.4,0.7                  a sweep: one run for each value
   decotrain train --cfg job                            show the configuration and stop
 

@@ -10,12 +10,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from decotrain.control import client
+from decotrain.control.token import find
 from decotrain.data import Corpus, open_corpus, unigram_entropy
+from decotrain.errors import ConfigError
 from decotrain.train.launcher import Launcher, write_config
-from decotrain.train.settings import Settings, parse, to_mapping
+from decotrain.train.settings import SHARED, Settings, parse, to_mapping
 from decotrain.train.table import Board, PeerRow
 
 ALONE = "alone"
+
+
+def shared_by(address: str) -> dict[str, Any]:
+    """What the run at the address trains: whoever came first has said so."""
+    known = client.status(address, token=find())
+    shared = known["config"]
+    if shared is None:
+        return {"name": known["run"]}
+    if lacking := [key for key in SHARED if key not in shared]:
+        raise ConfigError(
+            f"run {known['run']!r} at {address} is not one of `decotrain train`: its configuration"
+            f" has no {', '.join(lacking)}; join it with the program that its peers run"
+        )
+    return {"name": known["run"], **{key: shared[key] for key in SHARED}}
 
 
 class TrainJob:
@@ -23,7 +40,6 @@ class TrainJob:
 
     command = "train"
     worker = "decotrain.train.worker"
-    join = ""
     saved_as = "checkpoints"  # in a run's folder: what makes it one that can be resumed
     leftovers = (saved_as, "baseline")
 
@@ -31,11 +47,13 @@ class TrainJob:
         self.settings = settings
         self.name, self.peers, self.listen = settings.name, settings.peers, settings.listen
         self.restarts, self.resume = settings.restarts, settings.resume == "auto"
+        self.join = settings.join or ""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> TrainJob:
         """ConfigError names the first key that is wrong."""
-        return cls(parse(config))
+        join = config.get("join")
+        return cls(parse({**config, **shared_by(str(join))} if join else config))
 
     def prepare(self) -> None:
         self.corpus: Corpus = open_corpus(self.settings.data.path, self.settings.model.context)

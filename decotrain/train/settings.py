@@ -89,6 +89,7 @@ class Settings:
     threads: int
     restarts: int
     listen: str
+    join: str | None
     keep: int
     held_out_windows: int
     final_windows: int
@@ -107,6 +108,8 @@ class Settings:
         return self.steps // self.outer.sync_every
 
 
+# What the peers of a run have in common, and who joins by address gets from the coordinator.
+SHARED = ("model", "outer", "codec", "inner", "steps", "batch", "seed")
 # key -> (least, most); both ends allowed
 LIMITS: dict[str, tuple[float, float]] = {
     "peers": (1, PEERS_MAX),

@@ -28,7 +28,7 @@ from decotrain.outer.presets import options_of
 from decotrain.train import peer
 from decotrain.train.inner import make_optimizers, set_rates
 from decotrain.train.metrics import Journal
-from decotrain.train.settings import Settings, parse
+from decotrain.train.settings import SHARED, Settings, parse
 
 Outer = OuterOptimizer | GradientAveraging
 
@@ -262,7 +262,7 @@ def body(asked: argparse.Namespace, config: dict[str, Any], journal: Journal) ->
     if asked.alone:
         train_alone(trainer)
         return
-    shared = {key: config[key] for key in ("model", "outer")}
+    shared = {key: config[key] for key in SHARED}
     with peer.joined(asked, settings.name, shared, settings.peers) as comm:
         train_together(trainer, comm, asked.resume)
 

@@ -1,0 +1,55 @@
+"""`decotrain train join=ADDRESS`: an address says what is trained, and the bits are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from decotrain.control import client
+from decotrain.control.coordinator import Options
+from decotrain.control.server import ServerThread
+from decotrain.errors import ConfigError
+from decotrain.train.job import shared_by
+from tests.local_runs import running
+
+pytestmark = pytest.mark.timeout(300)  # many processes that import torch
+
+WHAT = ["model=tiny", "model.width=16", "model.hidden=24", "model.context=16", "model.layers=2",
+        "batch=1", "steps=20", "outer.sync_every=5", "codec=int8"]  # fmt: skip
+HERE = ["peers=1", "data.path=text.txt", "held_out_windows=8", "final_windows=16",
+        "sample_bytes=20"]  # fmt: skip
+
+
+def test_who_joins_by_address_trains_what_the_others_do(run_dir: Path) -> None:
+    (run_dir / "text.txt").write_bytes(b"some words, and some more of them; " * 4000)
+    server = ServerThread(Options(run="ours", min_peers=2))
+    try:
+        with running(run_dir, "train", *HERE, f"join={server.address}") as make:
+            first = make("folder=first", *WHAT)
+            first.until(lambda: client.status(server.address)["config"], "what is trained")
+            second = make("folder=second")  # an address, and nothing of the model
+            first.end()
+            second.end()
+    finally:
+        server.stop()
+    kept = [next((run_dir / name).glob("*/config.json")) for name in ("first", "second")]
+    configs = [json.loads(path.read_text()) for path in kept]
+    assert configs[1]["model"]["width"] == 16
+    assert configs[1]["codec"] == configs[0]["codec"]
+    assert configs[1]["name"] == "ours"
+    ends = [
+        [json.loads(line) for line in path.with_name("peer-1.jsonl").read_text().splitlines()][-1]
+        for path in kept
+    ]
+    assert ends[0]["digest"] == ends[1]["digest"]
+
+
+def test_a_run_of_something_else_is_named(run_dir: Path) -> None:
+    server = ServerThread(Options(run="other", config={"model": {"width": 1}}))
+    try:
+        with pytest.raises(ConfigError, match=r"not one of `decotrain train`.*no outer, codec"):
+            shared_by(server.address)
+    finally:
+        server.stop()
