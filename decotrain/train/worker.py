@@ -20,7 +20,7 @@ from torch import nn
 
 from decotrain import checkpoint
 from decotrain.communicator import Communicator
-from decotrain.data import Batches, Corpus, SampleOrder, open_corpus
+from decotrain.data import LANES, Batches, Corpus, SampleOrder, open_corpus
 from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
 from decotrain.outer import GradientAveraging, OuterOptimizer, make
@@ -65,10 +65,11 @@ class Trainer:
         self.settings, self.folder, self.peer, self.journal = settings, folder, peer, journal
         self.corpus = open_corpus(settings.data.path, settings.model.context)
         context = settings.model.context
-        order = SampleOrder(len(self.corpus.train), context, settings.seed)
-        lanes = 1 if peer == ALONE else settings.peers
-        self.lane = 0 if peer == ALONE else int(peer.rpartition("-")[2]) - 1
-        self.batches = Batches(self.corpus, order, context, settings.batch, lanes)
+        self.order = SampleOrder(len(self.corpus.train), context, settings.seed)
+        if peer == ALONE:
+            self.use_lane(0, 1)
+        else:
+            self.use_lane(int(peer.rpartition("-")[2]) - 1, settings.peers)
         self.model = make_model(settings)
         self.inner = make_optimizers(self.model, settings.inner)
         self.tokens = settings.batch * context  # of one inner step
@@ -76,6 +77,12 @@ class Trainer:
         self.computing_s = self.lr = 0.0  # computing: in inner steps
         self.told_steps = self.steps = 0
         self.losses: list[float] = []
+
+    def use_lane(self, lane: int, lanes: int) -> None:
+        """Which of the samples of each step are ours."""
+        context, batch = self.settings.model.context, self.settings.batch
+        self.lane = lane
+        self.batches = Batches(self.corpus, self.order, context, batch, lanes)
 
     def inner_step(self, global_step: int, outer: Outer | None = None) -> None:
         """One step of the inner optimizer on one batch."""
@@ -183,6 +190,8 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     place = trainer.folder / "checkpoints" / trainer.peer
     inner_round = trainer.load_inner(place)
     outer = make_outer(trainer, comm, resume)
+    if settings.join:  # launchers elsewhere count their peers from 1, too
+        trainer.use_lane(comm.slot, LANES)
     number = outer.global_step // settings.outer.sync_every
     journal.write(
         "start", step=outer.global_step, round=number, slot=comm.slot, id=comm.peer,
