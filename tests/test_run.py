@@ -17,6 +17,7 @@ import pytest
 from decotrain.control import client
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
+from decotrain.control.token import Token, write
 from decotrain.errors import ConfigError
 from decotrain.launch.options import parse
 
@@ -130,17 +131,22 @@ def test_a_failed_script_is_started_again_as_a_new_incarnation(
     until(lambda: not peers(coordinator))
 
 
-def test_a_killed_peer_is_left_out_at_once_and_given_up_after_its_restarts(
-    run_dir: Path, coordinator: ServerThread
-) -> None:
+def test_a_killed_peer_is_left_out_at_once_and_given_up_after_its_restarts(run_dir: Path) -> None:
+    token = Token.new()
+    write(token, run_dir / "token")
+    coordinator = ServerThread(Options(run="test", min_peers=1), token=token)
     code = "import os\n" + JOIN + "print('pid', os.getpid(), flush=True)\nimport time\n" + ROUNDS
-    options = ("--join", coordinator.address, "--run", "test", "--max-restarts", "0")
-    with Started(run_dir, code, *options) as started:
-        os.kill(int(started.line("pid ")), signal.SIGKILL)
-        code, _, errors = started.end()
-    assert code == 1  # as torchrun
+    options = ["--join", coordinator.address, "--run", "test", "--max-restarts", "0"]
+    try:
+        with Started(run_dir, code, *options, "--token-file", "token") as started:
+            os.kill(int(started.line("pid ")), signal.SIGKILL)
+            ended, _, errors = started.end()
+        seen = client.status(coordinator.address, "test", token=token)["events"]
+    finally:
+        coordinator.stop()
+    assert ended == 1  # as torchrun
     assert errors.splitlines()[-1] == "decotrain: process 0 ended: killed by SIGKILL"
-    assert any("SIGKILL" in text for kind, text in events(coordinator) if kind == "suspected")
+    assert any("SIGKILL" in e["text"] for e in seen if e["kind"] == "suspected")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
