@@ -7,6 +7,7 @@ ours. A new outer optimizer is a new preset or one new small class, never a new 
 from decotrain.outer.codec import Codec, CodecChoice, TopK
 from decotrain.outer.fragment import Fragment
 from decotrain.outer.gradients import GradientAveraging
+from decotrain.outer.group import LocalGroup
 from decotrain.outer.merge import Eager, Merge, Mix, Replace
 from decotrain.outer.optimizer import OuterOptimizer
 from decotrain.outer.presets import PRESETS, make
@@ -32,6 +33,7 @@ __all__ = [
     "EveryH",
     "Fragment",
     "GradientAveraging",
+    "LocalGroup",
     "Merge",
     "Mix",
     "Nesterov",
