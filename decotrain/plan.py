@@ -75,7 +75,7 @@ def choices(sync_every: int = 100, fragments: int = 8, overlap: int = 5) -> list
         Choice("ddp", "f32", 1, 1, BACKWARD),
         Choice("diloco", "f32", sync_every),
         Choice("streaming", "e2m1+int8", sync_every, fragments, overlap),
-        Choice("muloco", "int2+int8", sync_every),
+        Choice("muloco", "e2m1+int8", sync_every),
         Choice("eager", "e2m1+int8", sync_every, 1, late),
         Choice("sparseloco", "topk", sync_every),
         Choice("delayed_nesterov", "f32", sync_every),

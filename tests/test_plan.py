@@ -187,6 +187,12 @@ def test_a_round_is_waited_for_when_its_turn_comes_again() -> None:
     assert plan.cost(choice, HOME).utilisation < 0.5
 
 
+def test_all_presets_are_planned() -> None:
+    from decotrain.outer import PRESETS
+
+    assert {choice.preset for choice in plan.choices()} == {*PRESETS, "ddp"}
+
+
 # --- the command
 
 ASKED = ["params=1e9", "peers=8", "bandwidth=1Gbit/s", "rtt=80ms", "step_time=0.8s"]
