@@ -16,6 +16,7 @@ from decotrain.control.ownership import Ownership
 from decotrain.control.plan import Candidate, Plan, advance, coverage, make_plan, slots_in_use
 from decotrain.control.rebuild import rebuild
 from decotrain.control.record import RecordMember
+from decotrain.control.roster import settle_s
 
 if TYPE_CHECKING:
     from decotrain.control.coordinator import Coordinator
@@ -37,6 +38,7 @@ class _Freeze:
     # An observer that wants to be active must not miss what the active peers settled just before
     # they froze: it is frozen after them, when that has had time to arrive.
     all_asked: bool
+    settle_s: float  # at least
     ask_s: float | None = None  # when
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -136,12 +138,10 @@ class Changes:
 
     def _begin(self, now: float) -> None:
         c = self.c
-        c.recovering, c.due_s = False, None
         for key in c.members():
             if key not in c.peers:
                 c.leave_out(key, "silent", "not heard since the coordinator started", now)
-        c.due_s = None
-        self.installing = None
+        c.recovering, c.due_s, self.installing = False, None, None
         self.number += 1
         self.freeze = _Freeze(
             number=(c.record.term, self.number),
@@ -150,6 +150,7 @@ class Changes:
             deadline_s=now + c.options.report_timeout_s,
             sent_s=now,
             all_asked=not self._promotable(now),
+            settle_s=settle_s(c.peers[key] for key in self._promotable(now)),
         )
         self._send_freeze(self.freeze)
 
@@ -174,7 +175,7 @@ class Changes:
         actives = any(key in members and members[key].active for key in waiting)
         patient = now < (freeze.started_s + freeze.deadline_s) / 2
         if freeze.ask_s is None and not (actives and patient):
-            freeze.ask_s = now + min(SETTLE_S, now - freeze.started_s)
+            freeze.ask_s = now + min(SETTLE_S, max(freeze.settle_s, now - freeze.started_s))
         if not freeze.all_asked and freeze.ask_s is not None and now >= freeze.ask_s:
             freeze.all_asked = True
             self._send_freeze(freeze)
@@ -435,9 +436,7 @@ class Changes:
         for one in candidates:
             c.send(one.peer, message)
             peer = c.peers[one.peer]
-            if peer.current and one.peer not in active:
-                peer.promote_after_s = now + c.options.promote_retry_s
-            peer.current = False
+            peer.tried(one.peer in active, now + c.options.promote_retry_s)
             if one.peer not in active and not one.was_member:
                 peer.void = True  # until it says that it has fetched
         c.log(

@@ -15,6 +15,7 @@ from decotrain.control import messages as m
 from decotrain.control.measures import Measures
 
 GONE_MAX = 4096
+SETTLE_FIRST_S = 0.01
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Peer:
     current: bool = False
     void: bool = False  # until it has fetched the run's state
     promote_after_s: float = 0.0
+    failed: int = 0  # attempts to make it active since it last was
     down: tuple[int, ...] = ()
     asked_s: float | None = None  # for a heartbeat, because others find its links closed
     answer_s: float = 0.0  # it took to install the last view: a bound on its round trip
@@ -38,6 +40,22 @@ class Peer:
     @property
     def name(self) -> str:
         return f"{self.hello.name} ({self.hello.peer:016x})"
+
+    def tried(self, active: bool, again_s: float) -> None:
+        """A new view was made: did what it asked for come true?"""
+        if active:
+            self.failed = 0
+        elif self.current:
+            self.failed += 1
+            self.promote_after_s = again_s
+        self.current = False
+
+
+def settle_s(peers: Iterable[Peer]) -> float:
+    """How long what the active peers have settled may need to reach these observers. The
+    coordinator knows no latency between peers: it doubles its patience after each failure.
+    """
+    return max((SETTLE_FIRST_S * 2.0 ** min(peer.failed, 16) for peer in peers), default=0.0)
 
 
 class Gone:

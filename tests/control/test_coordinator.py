@@ -9,6 +9,7 @@ import pytest
 
 from decotrain.control import messages as m
 from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
+from decotrain.control.roster import settle_s
 from tests.control.fakes import World, empty_report
 
 
@@ -404,3 +405,24 @@ def test_who_was_asked_to_leave_may_come_back() -> None:
     world.add(3, host="h", launch="launch 2")
     world.run(1.0)
     assert world.agreed() == (1, 3)
+
+
+def test_an_observer_that_was_late_gets_more_time() -> None:
+    world = three()
+    stable = {"tag": 5, "state": True, "covered": 7, "stable": [[7, 99]]}
+    for peer in world.peers.values():
+        peer.report = {**empty_report(0), "declared": True, "tags": [stable]}
+    late = world.add(4)
+    world.run(1.0)
+    known = world.coordinator.peers[4]
+    waits = []
+    for _ in range(4):
+        world.step(late, Current(True))  # what is stable never reaches it in time
+        world.run(2.0)
+        waits.append(settle_s([known]))
+    assert waits == sorted(set(waits)), "each failure is answered with more patience"
+    late.report = world.peers[1].report
+    world.step(late, Current(True))
+    world.run(3.0)
+    assert late.member.active
+    assert settle_s([known]) < waits[0]
