@@ -118,7 +118,7 @@ std::uint32_t default_chunk_elements(std::uint64_t elements) {
 
 // ---- Node
 
-Node::Node(PeerId self, const std::vector<std::string>& listen, NodeOptions options)
+Node::Node(PeerId self, const std::vector<std::string>& listen, const NodeOptions& options)
     : self_(self),
       event_fd_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       engine_(self, options.engine) {

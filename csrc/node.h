@@ -101,7 +101,7 @@ std::uint32_t default_chunk_elements(std::uint64_t elements);
 class Node {
  public:
   // Throws std::runtime_error when an address cannot be bound.
-  Node(PeerId self, const std::vector<std::string>& listen, NodeOptions options);
+  Node(PeerId self, const std::vector<std::string>& listen, const NodeOptions& options);
   ~Node();
   Node(const Node&) = delete;
   Node& operator=(const Node&) = delete;

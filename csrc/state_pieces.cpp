@@ -41,6 +41,7 @@ void StatePieces::add(const std::vector<StateArray>& group) {
   const std::size_t elements = group.front().elements;
   std::size_t width = 0;  // bytes of one index
   for (const StateArray& array : group) width += array.bytes.size() / elements;
+  if (width == 0) return;  // arrays of no bytes
   if (width > kStateChunkBytes) {
     throw std::invalid_argument("one index of the arrays with " + std::to_string(elements) +
                                 " elements has " + std::to_string(width) + " bytes");

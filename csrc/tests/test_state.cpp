@@ -155,7 +155,7 @@ TEST_CASE("the version moves all the time: a fetch that follows keeps what it ha
 
 TEST_CASE("pieces hold the same elements of equal arrays; single elements come first") {
   constexpr std::size_t n = 700000;
-  std::vector<std::byte> weights(4 * n), moments(2 * n), other(3 * 5000), count(8);
+  std::vector<std::byte> weights(4 * n), moments(2 * n), other(std::size_t{3} * 5000), count(8);
   const StatePieces pieces({{weights, n}, {count, 1}, {other, 5000}, {moments, n}, {{}, 0}});
   CHECK(pieces.heads() == 1);
   CHECK(pieces.bytes_of(0) == 8);
