@@ -101,6 +101,14 @@ SlotMask Round::required(std::uint32_t chunk, const Roles& roles) const {
   return roles.active & bit(static_cast<std::uint8_t>(chunk));
 }
 
+// In a collect round nobody sends contributions: only an active slot itself can give its chunk a
+// value. A plan, which does not look into specifications, may give it to another: the slot may
+// have missed the view in which its chunk was given away, or offer no share.
+std::uint8_t Round::home(std::uint32_t chunk, const Roles& roles, std::uint8_t named) const {
+  const auto slot = static_cast<std::uint8_t>(chunk);
+  return spec.op == Op::collect && (roles.active & bit(slot)) != 0 ? slot : named;
+}
+
 Place Round::place(std::uint32_t c, std::size_t bytes) {
   Chunk& chunk = chunks[c];
   if (spec.op == Op::collect || chunk.place_spent || !chunk.writer.expired()) {

@@ -136,6 +136,8 @@ struct Round {
   const std::byte* contribution(std::uint32_t chunk) const;
   // Whose word the owner of a chunk waits for.
   SlotMask required(std::uint32_t chunk, const Roles& roles) const;
+  // The owner of a chunk that a plan gives to `named`.
+  std::uint8_t home(std::uint32_t chunk, const Roles& roles, std::uint8_t named) const;
   // A place for a chunk's value that nobody else writes to.
   Place place(std::uint32_t chunk, std::size_t bytes);
   void set_value(std::uint32_t chunk, Place where, std::uint32_t bytes, std::uint64_t value_digest,

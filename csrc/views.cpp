@@ -282,7 +282,7 @@ bool Impl::install_chunk(Round& round, std::uint32_t c, const ChunkPlan& plan) {
     round.drop_value(c);
   }
   chunk.fixed = value;
-  chunk.owner = value ? kNoSlot : plan.owner;
+  chunk.owner = value ? kNoSlot : round.home(c, roles, plan.owner);
   if (chunk.owner != roles.self) {
     chunk.contributions.clear();
     chunk.received = 0;

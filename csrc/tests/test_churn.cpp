@@ -21,6 +21,11 @@ WorldOptions options_of(std::uint32_t seed) {
   options.elements = seed % 3 == 0 ? 5 : seed % 3 == 1 ? 200 : 30000;
   options.chunk_elements = seed % 3 == 2 ? 4000 : 64;
   options.rounds = 6;
+  if (seed % 7 == 3) {
+    options.op = Op::collect;
+    options.elements = 5;
+    options.chunk_elements = 64;
+  }
   if (seed % 5 == 0) {
     options.engine.grace_s = 0.05;
     options.engine.quorum = 0.5;

@@ -11,9 +11,9 @@ constexpr double kTick = 1e-3;
 
 RoundSpec spec_of(const WorldOptions& options) {
   RoundSpec spec;
-  spec.op = Op::sum;
+  spec.op = options.op;
   spec.rule = Rule::sum;
-  spec.elements = options.elements;
+  spec.elements = options.op == Op::collect ? 0 : options.elements;
   spec.chunk_elements = options.chunk_elements;
   return spec;
 }
@@ -173,6 +173,7 @@ void World::begin(Peer& peer, std::uint32_t tag) {
   auto values = std::make_shared<std::vector<float>>(
       options_.elements, static_cast<float>(std::uint64_t{1} << peer.slot));
   args.snapshot = {reinterpret_cast<const std::byte*>(values->data()), values};
+  if (options_.op == Op::collect) args.collect_bytes = options_.elements * sizeof(float);
   const std::uint64_t seq = engine.begin(std::move(args), now);
   peer.begun[tag] = seq;
 }

@@ -47,6 +47,7 @@ struct Peer {
 
 struct WorldOptions {
   std::size_t peers = 3;
+  Op op = Op::sum;  // or collect: each peer's elements are bytes of its own
   std::uint64_t elements = 200;
   std::uint32_t chunk_elements = 64;
   std::uint32_t tags = 2;

@@ -302,11 +302,6 @@ class _Owners:
             self.load[slot] = self.load.get(slot, 0) + 1
             has = key in keeper.rounds and keeper.column(key, "owner")[chunk] == slot
             return slot, keeper.column(key, "received")[chunk] if has else 0
-        if slot in self.load:
-            # It has missed a view, so what it has received is not known; but a chunk of a collect
-            # round is at home there.
-            self.load[slot] += 1
-            return slot, 0
         if not self.able:
             return NO_SLOT, 0
         heir = min(self.able, key=lambda one: (self.load[one.slot] + 1) / (one.share or 1.0))
