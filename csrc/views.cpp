@@ -135,6 +135,13 @@ bool Impl::install(const Install& plan, double now) {
     leave_all();
     return true;
   }
+  // Before any round ends: its end looks at the next one, which nobody has spoken of in this view.
+  for (auto& [id, tag] : tags) {
+    for (auto& [seq, round] : tag.rounds) {
+      round.done_from = 0;
+      round.stable_by_plan = false;
+    }
+  }
   std::map<std::uint32_t, TagPlan> tag_plans;
   for (const TagPlan& one : plan.tags) tag_plans[one.tag] = one;
   std::set<std::pair<std::uint32_t, std::uint64_t>> planned;
@@ -330,7 +337,6 @@ void Impl::resume(Round& round, double now) {
   round.parked_bytes = 0;
   round.parked.clear();
   round.opened = 0;
-  round.done_from = 0;
   round.done_at = kNever;
   round.next_grace = kNever;
   round.named_late = 0;

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "world.h"
@@ -11,15 +12,16 @@ using namespace decotrain::test;
 
 namespace {
 
-// Engines that exchange frames in a seeded order; no faults.
+// Engines that exchange frames in a seeded order; no faults but what `lost` says. The last
+// `observers` of them observe.
 struct Group {
-  explicit Group(std::size_t n, EngineOptions options = {}) {
-    Install install;
+  explicit Group(std::size_t n, EngineOptions options = {}, std::size_t observers = 0) {
     install.view.id = (ViewId{1} << 32) | 1;
     install.answers = {1, 1};
     for (std::size_t i = 0; i < n; ++i) {
       engines.push_back(std::make_unique<Engine>(PeerId{100 + i}, options));
-      install.view.members.push_back({100 + i, static_cast<std::uint8_t>(i), true, 1.0});
+      const bool active = i + observers < n;
+      install.view.members.push_back({100 + i, static_cast<std::uint8_t>(i), active, 1.0});
       install.reported |= SlotMask{1} << i;
     }
     for (auto& one : engines) {
@@ -40,7 +42,8 @@ struct Group {
       if (ready.empty()) return;
       const auto [i, j] = ready[rng() % ready.size()];
       OutFrame frame;
-      if (engines[i]->next_frame(100 + j, frame)) give(i, j, frame);
+      const bool sent = engines[i]->next_frame(100 + j, frame);
+      if (sent && !(lost && lost(i, frame.header))) give(i, j, frame);
     }
   }
 
@@ -67,6 +70,8 @@ struct Group {
   }
 
   std::vector<std::unique_ptr<Engine>> engines;
+  Install install;
+  std::function<bool(std::size_t from, const Header&)> lost;
   std::mt19937 rng{7};
 };
 
@@ -295,6 +300,47 @@ TEST_CASE("a round follows a round, and begin keeps its order") {
     CHECK(decoded(group.engines[0]->take_result(0, seq)) == std::vector<float>(10, 1.5f));
     CHECK(group.engines[1]->take_result(0, seq).seq == seq);
   }
+}
+
+// The end of a round by the plan looks at the round after it: DONEs that this one has got in the
+// view before must not make it stable (simulator seed 1410).
+TEST_CASE("words of the view before do not end the round after the last stable one") {
+  Group group(4, {}, 1);
+  const Engine& observer = *group.engines[3];
+  const RoundSpec spec = spec_for(Op::sum, 10, 64);
+  for (std::size_t i = 0; i < 3; ++i) group.begin(i, spec, std::vector<float>(10, 1.0f));
+  group.lost = [](std::size_t from, const Header& header) {
+    const bool to_observer = header.dst == 3;
+    return from == 2 && header.type == FrameType::done && (to_observer || header.seq == 1);
+  };
+  group.pump();
+  std::uint64_t digest = 0;
+  for (std::size_t i = 0; i < 3; ++i) digest = group.engines[i]->take_result(0, 0).digest;
+  for (std::size_t i = 0; i < 3; ++i) group.begin(i, spec, std::vector<float>(10, 2.0f));
+  group.pump();
+  CHECK(observer.missed(0).empty());
+
+  Install next = group.install;
+  next.view.id += 1;
+  next.answers = {1, 2};
+  next.view.members.erase(next.view.members.begin() + 2);
+  next.reported = 0b1011;
+  next.tags = {{0, 0, digest}};
+  for (const std::size_t i : {0, 1}) group.engines[i]->freeze(next.answers);
+  for (const RoundReport& round : group.engines[3]->freeze(next.answers).rounds) {
+    if (round.seq == 0) continue;  // closed elsewhere: the plan does not name it
+    const ChunkReport& chunk = round.chunks.at(0);
+    REQUIRE(chunk.born != 0);
+    next.rounds.push_back({0, 1, spec, false, {}});
+    next.rounds.back().chunks.push_back({ChunkPlan::Kind::value, kNoSlot, 0, chunk.digest,
+                                         chunk.born, next.reported, chunk.contributors});
+  }
+  REQUIRE(next.rounds.size() == 1);
+  REQUIRE(group.engines[3]->install(next, 0.0));
+  CHECK(observer.missed(0) == std::vector<std::uint64_t>{0});
+  for (const std::size_t i : {0, 1}) REQUIRE(group.engines[i]->install(next, 0.0));
+  group.pump();
+  CHECK(observer.missed(0) == std::vector<std::uint64_t>{0, 1});
 }
 
 TEST_CASE("another specification changes nothing and is named") {

@@ -201,15 +201,14 @@ class Links:
         peer.engine.on_payload(source, receiving, frame[64:], self.world.now)
         view = int.from_bytes(frame[8:16], "little")
         if frame[4] == RESULT and not peer.engine.frozen and view == peer.member.view:
-            self.world.check(
-                ev="value",
-                peer=peer.id,
-                generation=peer.member.generation,
-                view=view,
-                tag=int.from_bytes(frame[16:20], "little"),
-                chunk=int.from_bytes(frame[20:24], "little"),
-                seq=int.from_bytes(frame[24:32], "little"),
-                digest=frame[40:56].hex(),
+            peer.arrived.append(
+                {
+                    "view": view,
+                    "tag": int.from_bytes(frame[16:20], "little"),
+                    "chunk": int.from_bytes(frame[20:24], "little"),
+                    "seq": int.from_bytes(frame[24:32], "little"),
+                    "digest": frame[40:56].hex(),
+                }
             )
         peer.touched()
 

@@ -65,6 +65,7 @@ class SimPeer:
             share=world.draw.choice((1.0, 1.0, 2.0, 0.0)) if options.shares else 1.0,
         )
         self.member = mb.Member(who, random.Random(peer))
+        self.arrived: list[dict[str, Any]] = []  # values of chunks, not seen in the engine yet
         self.others: list[int] = []
         self.contacts: set[int] = set()
         self.routes: dict[int, int] = {}
@@ -219,10 +220,34 @@ class SimPeer:
         """Something may have changed: events, results, frames."""
         if not self.alive or self.over:
             return
+        self.look_at_values()
         for event in self.engine.take_events():
             self.on_event(event)
         self.train()
         self.world.links.pump(self)
+
+    def look_at_values(self) -> None:
+        """Tells the checker of values that the engine holds now: a frame of a round that is not
+        open here is parked, and is as if never sent when the view ends before the round opens."""
+        if self.engine.frozen:
+            self.arrived.clear()
+        if not self.arrived:
+            return
+        report = self.engine.freeze(0, 0)
+        rounds = {(one["tag"], one["seq"]): one for one in report["rounds"]}
+        stable = {(tag["tag"], seq) for tag in report["tags"] for seq, _ in tag["stable"]}
+        arrived, self.arrived = self.arrived, []
+        for value in arrived:
+            if value["view"] != self.member.view:
+                continue
+            key, at = (value["tag"], value["seq"]), 8 * value["chunk"]
+            columns = rounds.get(key, {"contributors": b"", "digest": b""})
+            said = columns["contributors"][at : at + 8] + columns["digest"][at : at + 8]
+            if key in stable or said.hex() == value["digest"]:
+                event = {"peer": self.id, "generation": self.member.generation, **value}
+                self.world.check(ev="value", **event)
+            else:
+                self.arrived.append(value)
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
