@@ -201,8 +201,9 @@ class Engine {
   // Results of rounds that were completed for us before our next begin (observing, skipped),
   // oldest first; they must be taken before begin(tag).
   std::vector<std::uint64_t> missed(std::uint32_t tag) const;
-  // State held: tag -> last round whose effect it contains. Tags not named carry no state. Results
-  // taken before and not in this state count as lost: say it again after dropping one.
+  // State held: tag -> last round whose effect it contains, -2 when it is void. Tags not named
+  // carry no state. Results taken before and not in this state count as lost: say it again after
+  // dropping one.
   void declare(const std::vector<std::pair<std::uint32_t, std::int64_t>>& covered);
   void set_covered(std::uint32_t tag, std::int64_t seq);
 

@@ -102,7 +102,7 @@ Report Impl::freeze(FreezeId id) {
     TagReport one;
     one.tag = tag_id;
     one.state = !declared || tag.state;
-    one.covered = tag.covered();
+    one.covered = std::max(tag.covered(), std::int64_t{-1});
     for (const StableRound& stable : tag.stable) one.stable.emplace_back(stable.seq, stable.digest);
     report.tags.push_back(std::move(one));
     for (const auto& [seq, round] : tag.rounds) {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from decotrain import tensors as tn
 from decotrain.control import member as mb
 from decotrain.errors import StateError, WaitTimeoutError
-from decotrain.versions import Versions
+from decotrain.versions import VOID, Versions
 
 if TYPE_CHECKING:
     from decotrain.communicator import Communicator
@@ -338,7 +338,7 @@ class SharedState:
         """On the control thread."""
         self.versions.void[tag] = True
         self.fragments[tag].void = True
-        self.comm._agent.node.set_covered(tag, -1)
+        self.comm._agent.node.set_covered(tag, VOID)
         self._publish(self.comm._agent.node, tag, self.fragments[tag])
 
     # --- views; on the control thread

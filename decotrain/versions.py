@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+# What a void state covers. Not -1: it is not where round 0 goes on from either, and results held
+# since then must not make up for it.
+VOID = -2
+
 
 @dataclass(frozen=True)
 class Step:
@@ -47,9 +51,9 @@ class Versions:
         self.stable[tag] = max(self.stable.get(tag, -1), seq)
 
     def declared(self) -> list[tuple[int, int]]:
-        """For Engine.declare: the last round each tag's state contains; -1 when void."""
+        """For Engine.declare: the last round each tag's state contains, or VOID."""
         return [
-            (tag, -1 if self.void[tag] else version - 1)
+            (tag, VOID if self.void[tag] else version - 1)
             for tag, version in sorted(self.version.items())
         ]
 

@@ -302,6 +302,21 @@ TEST_CASE("a round follows a round, and begin keeps its order") {
   }
 }
 
+// All results since round 0 are worth nothing without what round 0 goes on from (seed 60808).
+TEST_CASE("results cover a tag whose state is at version 0, not one whose state is void") {
+  for (const std::int64_t declared : {-1, -2}) {
+    Group group(3, {}, 1);
+    group.engines[2]->declare({{0, declared}});
+    const RoundSpec spec = spec_for(Op::sum, 10, 64);
+    for (std::size_t i = 0; i < 2; ++i) group.begin(i, spec, std::vector<float>(10, 1.0f));
+    group.pump();
+    REQUIRE(group.engines[2]->missed(0).size() == 1);
+    const Report report = group.engines[2]->freeze({1, 2});
+    REQUIRE(report.tags.size() == 1);
+    CHECK(report.tags[0].covered == (declared == -1 ? 0 : -1));
+  }
+}
+
 // The end of a round by the plan looks at the round after it: DONEs that this one has got in the
 // view before must not make it stable (simulator seed 1410).
 TEST_CASE("words of the view before do not end the round after the last stable one") {
