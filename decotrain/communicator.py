@@ -60,7 +60,7 @@ class Communicator:
             asked.address,
             asked.who,
             self._make_node,
-            lambda: [(tag, -1) for tag in self._shared.fragments],
+            self._shared.versions.nothing,
             self._shared.versions.declared,
             self._shared.installed,
             lambda bound: told_addresses(bound, asked.advertise),

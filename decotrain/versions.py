@@ -57,6 +57,10 @@ class Versions:
             for tag, version in sorted(self.version.items())
         ]
 
+    def nothing(self) -> list[tuple[int, int]]:
+        """The same of a peer whose state is not the run's."""
+        return [(tag, VOID) for tag in sorted(self.version)]
+
     def make_void(self) -> None:
         for tag in self.void:
             self.void[tag] = True
