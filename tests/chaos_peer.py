@@ -144,7 +144,7 @@ def cut_connections(keep: int) -> None:
     """Breaks about half of this process's connections, but for the one of that descriptor."""
     for entry in list(Path("/proc/self/fd").iterdir()):
         descriptor = int(entry.name)
-        if descriptor == keep or random.random() < 0.5:
+        if descriptor == keep or not entry.is_socket() or random.random() < 0.5:
             continue
         with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
             if one.type == socket.SOCK_STREAM and one.getpeername():
