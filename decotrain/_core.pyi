@@ -1,6 +1,6 @@
 """decotrain's collective core"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy
@@ -255,7 +255,7 @@ class Fetch:
 class Node:
     """A peer's rounds and links, on a thread of its own."""
 
-    def __init__(self, peer: int, listen: Sequence[str], run_fingerprint: int, *, streams: int = 0, force_tcp: bool = False, link_timeout_s: float = 5.0, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0, tls_key: bytes = ...) -> None: ...
+    def __init__(self, peer: int, listen: Sequence[str], run_fingerprint: int, *, streams: int = 0, force_tcp: bool = False, link_timeout_s: float = 5.0, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0, tls_key: bytes = ..., pair_keys: bool = False) -> None: ...
 
     @property
     def peer(self) -> int: ...
@@ -291,8 +291,10 @@ class Node:
     @property
     def view(self) -> dict[str, Any]: ...
 
-    def set_peers(self, peers: Sequence[tuple[int, int, Sequence[str]]]) -> None:
-        """Everybody in the view: (peer, slot, addresses)."""
+    def set_peers(self, peers: Sequence[tuple[int, int, Sequence[str]]], keys: Mapping[int, bytes] = {}) -> None:
+        """
+        Everybody in the view: (peer, slot, addresses), and keys of TLS that we share with one of them alone.
+        """
 
     def set_route(self, peer: int, via: int) -> None: ...
 

@@ -472,7 +472,7 @@ def join(
     """
     say_last_words()
     asked = ask(address, name, run, token_file, config, min_peers, listen, advertise, insecure)
-    options = {"grace_s": grace_s, "quorum": quorum, "tls_key": asked.tls_key}
+    options = {"grace_s": grace_s, "quorum": quorum, **asked.tls()}
     comm = Communicator(asked, options)
     try:
         _wait_for_welcome(comm, asked.address, timeout_s)

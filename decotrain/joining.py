@@ -19,7 +19,7 @@ from decotrain.control import member as mb
 from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
-from decotrain.control.token import Token, find
+from decotrain.control.token import Secret, find, whole
 from decotrain.control.transport import check_name, check_trust, split_address
 from decotrain.errors import ConfigError
 from decotrain.farewell import FILE
@@ -34,12 +34,17 @@ class Asked:
 
     address: str  # of the coordinator
     who: mb.Identity
-    token: Token | None  # None: whoever reaches us may talk
+    token: Secret | None  # None: whoever reaches us may talk
     fingerprint: int  # what peers of one run have in common
     listen: list[str]  # of the data plane
-    tls_key: bytes  # of the data plane; empty without a token
     advertise: list[str]  # what others are told instead of the TCP addresses we listen on
     server: ServerThread | None  # our own coordinator, in a run of one
+
+    def tls(self) -> dict[str, Any]:
+        """What the node needs for TLS: none without a token."""
+        if self.token is None:
+            return {}
+        return {"tls_key": self.token.data_key(self.who.run), "pair_keys": True}
 
 
 def ask(
@@ -90,13 +95,12 @@ def ask(
     )
     server = None
     if address == "local":
-        server = ServerThread(Options(run=run, min_peers=1), token=token)
+        server = ServerThread(Options(run=run, min_peers=1), token=whole(token, token_file))
         address = server.address
-    key = token.data_key(run) if token is not None else b""
-    return Asked(address, who, token, fingerprint(run, token), places, key, told, server)
+    return Asked(address, who, token, fingerprint(run, token), places, told, server)
 
 
-def fingerprint(run: str, token: Token | None) -> int:
+def fingerprint(run: str, token: Secret | None) -> int:
     """What peers of one run have in common: its name and token."""
     if token is not None:
         return token.fingerprint(run)

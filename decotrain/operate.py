@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from decotrain.errors import ConfigError
 from decotrain.parent import end_with_parent
 
 EVENTS_SHOWN = 8
@@ -50,18 +51,21 @@ def coordinator(words: list[str]) -> int:
         end_with_parent()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)  # to stderr
     from decotrain.control.coordinator import Options
+    from decotrain.control.peer_list import PeerList
     from decotrain.control.server import serve
-    from decotrain.control.token import find
+    from decotrain.control.token import find, place, whole
 
     options = Options(run=asked.run, min_peers=asked.min_peers or None)
+    own = whole(find(asked.token_file), asked.token_file)
     return serve(
         asked.listen,
         options,
         asked.record,
         lambda line: print(line, flush=True),
-        token=find(asked.token_file),
+        token=own,
         insecure=asked.insecure,
         metrics=asked.metrics,
+        peer_list=PeerList(str(place(asked.token_file))) if own else None,
     )
 
 
@@ -74,7 +78,7 @@ def _add_token(parser: argparse.ArgumentParser) -> None:
 
 
 def token(words: list[str]) -> int:
-    """Makes the token of a run. Whoever holds it is in the run, nobody else is."""
+    """Makes the token of a run, or a key of one peer. Who holds none of them is not in the run."""
     parser = argparse.ArgumentParser(prog="decotrain token", description=token.__doc__)
     parser.add_argument("action", choices=["new"], help="a new token")
     parser.add_argument(
@@ -82,7 +86,16 @@ def token(words: list[str]) -> int:
         metavar="FILE",
         help="a new file that only you can read; without it the token is printed",
     )
+    parser.add_argument(
+        "--peer",
+        metavar="NAME",
+        help="a key for this peer alone, which `decotrain kick` takes away; its public part goes to"
+        " the list beside the token file (FILE.peers) on the coordinator's machine",
+    )
+    _add_token(parser)
     asked = parser.parse_args(words)
+    if asked.peer is not None:
+        return _new_peer_key(asked)
     from decotrain.control.token import Token, write
 
     made = Token.new()
@@ -91,6 +104,27 @@ def token(words: list[str]) -> int:
         return 0
     write(made, asked.out)
     print(f"{asked.out}: keep it secret, and copy it to every machine of the run, with mode 600")
+    return 0
+
+
+def _new_peer_key(asked: argparse.Namespace) -> int:
+    from decotrain.control.peer_list import PeerList
+    from decotrain.control.token import find, place, whole, write
+
+    run = whole(find(asked.token_file), asked.token_file)
+    if run is None or asked.out is None:
+        raise ConfigError(
+            "a peer's key is made from the token of its run, into a file: decotrain token new"
+            " --peer NAME --token-file run.token --out NAME.token"
+        )
+    listed, key = PeerList(str(place(asked.token_file))), run.peer_key()
+    listed.check(asked.peer)
+    write(key, asked.out)
+    listed.add(asked.peer, key)
+    print(
+        f"{asked.out}: the key of {asked.peer}, and of nobody else; copy it to that machine, with"
+        f" mode 600. {listed.path} lists it: the coordinator reads that beside its token"
+    )
     return 0
 
 

@@ -29,6 +29,7 @@ void Mesh::set_peers(const std::vector<PeerInfo>& peers, Clock at) {
   slots_.fill(0);
   own_slot_ = kNoSlot;
   std::map<PeerId, bool> named;
+  std::map<PeerId, std::string> keys;
   for (const PeerInfo& info : peers) {
     if (info.slot < kMaxPeers) slots_[info.slot] = info.peer;
     if (info.peer == self_) {
@@ -37,6 +38,7 @@ void Mesh::set_peers(const std::vector<PeerInfo>& peers, Clock at) {
       continue;
     }
     named[info.peer] = true;
+    if (!info.pair_key.empty()) keys[info.peer] = info.pair_key;
     const auto [it, fresh] = links_.try_emplace(info.peer);
     Link& link = it->second;
     if (fresh) {
@@ -54,6 +56,7 @@ void Mesh::set_peers(const std::vector<PeerInfo>& peers, Clock at) {
                             *address);
     }
   }
+  if (tls_) tls_->set_keys(std::move(keys));
   for (const auto& [id, s] : streams_) {
     if (s->peer == 0 || s->state == Stream::State::waiting) continue;
     if (s->state != Stream::State::closed && !named.contains(s->peer)) {

@@ -44,7 +44,7 @@ Mesh::Mesh(PeerId self, const std::vector<std::string>& listen_to, MeshOptions o
       spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)),
       discard_(kDiscardBytes),
       jitter_(self) {
-  if (!options_.tls_key.empty()) {
+  if (!options_.tls_key.empty() || options_.pair_keys) {
     tls_ = std::make_unique<TlsContext>(options_.tls_key, options_.run_fingerprint, self_);
   }
   if (!epoll_ || !wake_) throw std::runtime_error(system_error("cannot start the mesh", errno));

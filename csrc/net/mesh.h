@@ -36,7 +36,8 @@ std::size_t streams_for(double rtt_s, bool fears_loss);
 
 struct MeshOptions {
   std::uint64_t run_fingerprint = 0;
-  std::string tls_key;          // kTlsKeyBytes; empty: TCP is plain
+  std::string tls_key;          // kTlsKeyBytes, of everybody; empty: TCP is plain, unless
+  bool pair_keys = false;       // only those may talk whose pair has a key (PeerInfo)
   std::size_t streams = 0;      // of one link; 0: as many as the path needs
   bool force_tcp = false;       // no Unix sockets (for benchmarks)
   double link_timeout_s = 5.0;  // no progress for this long: the stream is closed
@@ -61,6 +62,7 @@ struct PeerInfo {
   PeerId peer = 0;
   std::uint8_t slot = kNoSlot;
   std::vector<std::string> addresses;  // numeric; empty: cannot be dialled
+  std::string pair_key = {};           // kTlsKeyBytes, of it and us alone; empty: the run's
 };
 
 struct MeshEvent {

@@ -49,7 +49,9 @@ std::optional<TlsName> TlsName::parse(std::span<const unsigned char> bytes) {
 TlsContext::TlsContext(std::string key, std::uint64_t run, PeerId self,
                        std::uint64_t records_per_key)
     : key_(std::move(key)), run_(run), self_(self), records_per_key_(records_per_key) {
-  if (key_.size() != kTlsKeyBytes) throw std::invalid_argument("a TLS key of another size");
+  if (!key_.empty() && key_.size() != kTlsKeyBytes) {
+    throw std::invalid_argument("a TLS key of another size");
+  }
   context_ = SSL_CTX_new(TLS_method());
   require(context_ != nullptr, "no context");
   SSL_CTX_set_options(context_, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
@@ -71,7 +73,20 @@ TlsContext::TlsContext(std::string key, std::uint64_t run, PeerId self,
 
 TlsContext::~TlsContext() {
   OPENSSL_cleanse(key_.data(), key_.size());
+  set_keys({});
   SSL_CTX_free(context_);
+}
+
+void TlsContext::set_keys(std::map<PeerId, std::string> keys) {
+  for (auto& [peer, key] : keys_) OPENSSL_cleanse(key.data(), key.size());
+  keys_ = std::move(keys);
+  std::erase_if(keys_, [](const auto& entry) { return entry.second.size() != kTlsKeyBytes; });
+}
+
+const std::string* TlsContext::key_for(PeerId far) const {
+  const auto it = keys_.find(far);
+  if (it != keys_.end()) return &it->second;
+  return key_.empty() ? nullptr : &key_;
 }
 
 // ---- one connection
@@ -115,12 +130,14 @@ bool Tls::vouches_for(PeerId far, std::uint64_t stream) const {
 
 // The key in the shape that OpenSSL wants: the session of a handshake that never was.
 SSL_SESSION* Tls::session() const {
+  const std::string* known = context_.key_for(dials_ ? name_.to : name_.from);
+  if (known == nullptr) return nullptr;
   SSL_SESSION* made = SSL_SESSION_new();
   const SSL_CIPHER* cipher = SSL_CIPHER_find(ssl_, kCipher.data());
-  const auto* key = reinterpret_cast<const unsigned char*>(context_.key_.data());
+  const auto* key = reinterpret_cast<const unsigned char*>(known->data());
   if (made != nullptr && cipher != nullptr && SSL_SESSION_set_cipher(made, cipher) == 1 &&
       SSL_SESSION_set_protocol_version(made, TLS1_3_VERSION) == 1 &&
-      SSL_SESSION_set1_master_key(made, key, context_.key_.size()) == 1) {
+      SSL_SESSION_set1_master_key(made, key, known->size()) == 1) {
     return made;
   }
   SSL_SESSION_free(made);

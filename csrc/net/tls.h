@@ -12,6 +12,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -42,6 +43,7 @@ struct TlsName {
 // What all connections of one mesh have in common.
 class TlsContext {
  public:
+  // `key`: of everybody whose pair has no key of its own; empty: only pairs with a key may talk.
   // Throws std::runtime_error when OpenSSL cannot do what is asked, std::invalid_argument for a
   // key of another size. `records_per_key`: then the sender takes its next key.
   TlsContext(std::string key, std::uint64_t run, PeerId self,
@@ -50,9 +52,16 @@ class TlsContext {
   TlsContext(const TlsContext&) = delete;
   TlsContext& operator=(const TlsContext&) = delete;
 
+  // Of the pairs that we are one end of; all of them: a pair that is not named loses its key.
+  // Connections that are open stay as they are. A key has kTlsKeyBytes.
+  void set_keys(std::map<PeerId, std::string> keys);
+
  private:
   friend class Tls;
+  const std::string* key_for(PeerId far) const;  // null: there is none
+
   std::string key_;
+  std::map<PeerId, std::string> keys_;
   std::uint64_t run_;
   PeerId self_;
   std::uint64_t records_per_key_;

@@ -1,6 +1,7 @@
 // Class Node for Python: a peer's data plane. Every call that may wait lets go of the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -11,6 +12,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -294,13 +296,14 @@ Map link_dict(const net::LinkStats& link) {
 void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
                std::uint64_t run_fingerprint, std::size_t streams, bool force_tcp,
                double link_timeout_s, double grace_s, double quorum, double done_bound_s,
-               const nb::bytes& tls_key) {
+               const nb::bytes& tls_key, bool pair_keys) {
   NodeOptions options;
   if (tls_key.size() != 0 && tls_key.size() != net::kTlsKeyBytes) {
     throw nb::value_error("tls_key has 32 bytes, or none");
   }
   options.mesh.run_fingerprint = run_fingerprint;
   options.mesh.tls_key.assign(tls_key.c_str(), tls_key.size());
+  options.mesh.pair_keys = pair_keys;
   options.mesh.streams = streams;
   options.mesh.force_tcp = force_tcp;
   options.mesh.link_timeout_s = link_timeout_s;
@@ -312,9 +315,18 @@ void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
 
 using PeerTuple = std::tuple<PeerId, std::uint8_t, std::vector<std::string>>;
 
-void set_peers(Node& node, const std::vector<PeerTuple>& peers) {
+void set_peers(Node& node, const std::vector<PeerTuple>& peers,
+               const std::map<PeerId, nb::bytes>& keys) {
   std::vector<net::PeerInfo> out;
-  for (const auto& [peer, slot, addresses] : peers) out.push_back({peer, slot, addresses});
+  for (const auto& [peer, slot, addresses] : peers) {
+    net::PeerInfo info{peer, slot, addresses};
+    if (const auto it = keys.find(peer); it != keys.end()) {
+      if (it->second.size() != net::kTlsKeyBytes)
+        throw nb::value_error("a pair's key has 32 bytes");
+      info.pair_key.assign(it->second.c_str(), it->second.size());
+    }
+    out.push_back(std::move(info));
+  }
   const nb::gil_scoped_release released;
   node.set_peers(std::move(out));
 }
@@ -409,7 +421,8 @@ void bind_node(nb::module_& m) {
   nb::class_<Node> type(m, "Node", "A peer's rounds and links, on a thread of its own.");
   type.def("__init__", &make_node, "peer"_a, "listen"_a, "run_fingerprint"_a, nb::kw_only(),
            "streams"_a = 0, "force_tcp"_a = false, "link_timeout_s"_a = 5.0, "grace_s"_a = 0.0,
-           "quorum"_a = 1.0, "done_bound_s"_a = 0.0, "tls_key"_a = nb::bytes("", 0))
+           "quorum"_a = 1.0, "done_bound_s"_a = 0.0, "tls_key"_a = nb::bytes("", 0),
+           "pair_keys"_a = false)
       .def_prop_ro("peer", &Node::self)
       .def_prop_ro("addresses", &Node::addresses)
       .def_prop_ro("event_fd", &Node::event_fd, "Readable while there are events.")
@@ -434,7 +447,9 @@ void bind_node(nb::module_& m) {
       .def("freeze", &freeze, "term"_a, "number"_a, "Stops rounds; the report (docs/protocol.md).")
       .def("install", &install, "plan"_a, "False when it does not answer the newest freeze.")
       .def_prop_ro("view", &view_of)
-      .def("set_peers", &set_peers, "peers"_a, "Everybody in the view: (peer, slot, addresses).")
+      .def("set_peers", &set_peers, "peers"_a, "keys"_a = nb::dict(),
+           "Everybody in the view: (peer, slot, addresses), and keys of TLS that we share with one "
+           "of them alone.")
       .def("set_route", &Node::set_route, "peer"_a, "via"_a, Guard())
       .def(
           "events", [](Node& node) { return list_of(node.take_events(), event_dict); },

@@ -332,6 +332,48 @@ TEST_CASE("a mesh with a key and one with another, or none, do not meet") {
   }
 }
 
+TEST_CASE("where pairs have keys of their own, one cannot speak for another") {
+  MeshOptions options = fast_options();
+  options.pair_keys = true;
+  TestPeers peers = make_peers(3, {"tcp://127.0.0.1:0"}, options);
+  const auto key_of = [](std::size_t i, std::size_t j) {
+    return std::string(kTlsKeyBytes, static_cast<char>('a' + (1U << i | 1U << j)));
+  };
+  const auto seen_by = [&](std::size_t me, std::size_t with) {  // whose keys `me` holds
+    std::vector<PeerInfo> all;
+    for (std::size_t i = 0; i < 3; ++i) {
+      all.push_back(peers[i]->info());
+      if (i != me) all.back().pair_key = key_of(with, i);
+    }
+    return all;
+  };
+  for (std::size_t i = 0; i < 3; ++i) peers[i]->mesh.set_peers(seen_by(i, i), Mesh::now());
+  REQUIRE(run_until(peers, [&] { return all_up(peers); }));
+  CHECK(peers[0]->mesh.stats()[0].is_tls);
+
+  // The third is left out. It comes back under the second's name, with every key it ever held.
+  const std::vector<PeerInfo> two{seen_by(0, 0)[0], seen_by(0, 0)[1]};
+  peers[0]->mesh.set_peers(two, Mesh::now());
+  REQUIRE(run_until(peers, [&] { return !peers[2]->mesh.stats()[0].up; }));
+  TestPeers liars;
+  liars.push_back(std::make_unique<TestPeer>(PeerId{101}, std::uint8_t{1},
+                                             std::vector<std::string>{}, options));
+  std::vector<PeerInfo> all = seen_by(1, 2);
+  all.resize(2);  // itself, and the one it dials
+  liars[0]->mesh.set_peers(all, Mesh::now());
+  liars[0]->send(100, 0, bytes_of(1000, 1));
+  run_until(
+      liars,
+      [&] {
+        for (auto& peer : peers) peer->mesh.run_once(Mesh::now());
+        return false;
+      },
+      0.5);
+  CHECK_FALSE(liars[0]->mesh.stats()[0].up);
+  CHECK(peers[0]->got.empty());
+  CHECK(peers[0]->mesh.stats()[0].up);  // the second one itself is not disturbed
+}
+
 TEST_CASE("who knows the key and lies about who it is stays out") {
   TestPeers peers = make_peers(2, {"tcp://127.0.0.1:0"}, keyed());
   introduce(peers);

@@ -26,8 +26,8 @@ from decotrain.control import member as mb
 from decotrain.control import messages as m
 from decotrain.control.effects import identity
 from decotrain.control.measures import Meter
-from decotrain.control.token import Token
-from decotrain.control.transport import Handshakes, connect_dealer
+from decotrain.control.token import Secret
+from decotrain.control.transport import TAIL_BYTES, Handshakes, connect_dealer
 from decotrain.errors import MessageError
 
 TICK_S = 0.05
@@ -49,7 +49,9 @@ class DataPlane(Protocol):
     def set_covered(self, tag: int, seq: int) -> None: ...
     def withdraw(self, tag: int) -> None: ...
     def take_missed(self, tag: int) -> list[Any]: ...
-    def set_peers(self, peers: list[tuple[int, int, list[str]]]) -> None: ...
+    def set_peers(
+        self, peers: list[tuple[int, int, list[str]]], keys: dict[int, bytes]
+    ) -> None: ...
     def set_route(self, peer: int, via: int) -> None: ...
     def links(self) -> list[dict[str, Any]]: ...
     def measures(self) -> dict[str, Any]: ...
@@ -89,7 +91,7 @@ class Agent:
         # hold is void
         on_install: Callable[..., bool] = lambda *_: True,
         tell: Callable[[list[str]], list[str]] = list,  # addresses of the node -> for others
-        token: Token | None = None,
+        token: Secret | None = None,
     ) -> None:
         self.address, self.token = address, token
         self.make_node = make_node
@@ -133,7 +135,8 @@ class Agent:
         addresses = self.tell(list(node.addresses))[: m.ADDRESSES_MAX]
         who = replace(who, addresses=addresses)
         self.node = node
-        self._connect(who.peer)
+        self.route = identity(who.peer) + os.urandom(TAIL_BYTES)
+        self._connect()
         self.member = mb.Member(who, self.rng)
         self.meter = Meter(who.peer, who.share)
         with self.shared.changed:
@@ -144,8 +147,8 @@ class Agent:
             node.declare(self.declared())
             self._step(mb.Ready())
 
-    def _connect(self, peer: int) -> None:
-        self.socket = connect_dealer(self.context, self.address, identity(peer), self.token)
+    def _connect(self) -> None:
+        self.socket = connect_dealer(self.context, self.address, self.route, self.token)
         self.handshakes = Handshakes(self.socket, self.address, self.token)
 
     def _disconnect(self) -> None:
@@ -194,7 +197,7 @@ class Agent:
             self._end("refused", wrong)
         elif self.handshakes.stuck:
             self._disconnect()
-            self._connect(self.member.me.peer)
+            self._connect()
         if self.again_s is not None and time.monotonic() >= self.again_s:
             self._come_back()
 
@@ -250,7 +253,8 @@ class Agent:
         if done:
             slots = {row[0]: row[1] for row in view["members"]}
             self.node.set_peers(
-                [(c["peer"], slots[c["peer"]], c["addresses"]) for c in effect.contacts]
+                [(c["peer"], slots[c["peer"]], c["addresses"]) for c in effect.contacts],
+                {c["peer"]: c["key"] for c in effect.contacts if c["key"]},
             )
         tags = effect.install["tags"]
         ours = not done or self.on_install(view["id"], tags, held, effect.void, effect.adopt)

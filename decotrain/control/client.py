@@ -11,14 +11,16 @@ from typing import Any
 import zmq
 
 from decotrain.control import messages as m
-from decotrain.control.token import Token, find
+from decotrain.control.token import Secret, find
 from decotrain.control.transport import Handshakes, check_name, connect_dealer
 from decotrain.errors import ConfigError, MessageError, RefusedError, UnreachableError
 
 LOOK_S = 0.05
 
 
-def _ask(address: str, message: Any, kind: type[Any], timeout_s: float, token: Token | None) -> Any:
+def _ask(
+    address: str, message: Any, kind: type[Any], timeout_s: float, token: Secret | None
+) -> Any:
     token = token or find()
     check_name(address)
     context: zmq.Context[Any] = zmq.Context()
@@ -60,7 +62,7 @@ def status(
     run: str = "",
     events_after: int = 0,
     timeout_s: float = 5.0,
-    token: Token | None = None,
+    token: Secret | None = None,
 ) -> dict[str, Any]:
     """Who is in, how fast, how stale. Empty run: whichever runs at the address."""
     message = m.AskStatus(run, events_after)
@@ -76,7 +78,7 @@ def kick(
     leave: bool = False,  # asks it to leave instead; it may come back
     reason: str = "",
     timeout_s: float = 5.0,
-    token: Token | None = None,
+    token: Secret | None = None,
 ) -> str:
     """Leaves out the peer whose id (16 hex digits) or name's beginning is `name`; who it was."""
     peer = int(name, 16) if len(name) == 16 and all(c in "0123456789abcdef" for c in name) else 0
@@ -96,7 +98,7 @@ def exited(
     launch: str = "",
     detail: str = "",
     timeout_s: float = 2.0,
-    token: Token | None = None,
+    token: Secret | None = None,
 ) -> bool:
     """A launcher saw a process end. True when the coordinator knew the peer."""
     message = m.Exited(run, peer, host, launch, detail)

@@ -17,7 +17,7 @@ from decotrain.control.change import Changes
 from decotrain.control.closed import answer_time, suspect_closed
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.measures import Measures
-from decotrain.control.record import Record, RecordMember
+from decotrain.control.record import BARRED_MAX, Record, RecordMember
 from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
 from decotrain.control.status import status
 
@@ -93,7 +93,7 @@ class Coordinator:
                 peer.heard_s += now - self.stepped_s
         self.stepped_s = now
         if isinstance(event, Received):
-            self._receive(event.source, event.message, now)
+            self._receive(event, now)
         if not self.stopped:
             self._suspect_silent(now)
             suspect_closed(self, now, isinstance(event, Tick))
@@ -118,7 +118,13 @@ class Coordinator:
 
     # --- messages
 
-    def _receive(self, source: bytes, message: Any, now: float) -> None:
+    def _receive(self, event: Received, now: float) -> None:
+        source, message = event.source, event.message
+        if event.key and event.key in self.record.barred:
+            if hasattr(message, "peer") and source == identity(message.peer):
+                reason = "the key of this peer was taken away"
+                self.send(message.peer, m.Evicted(self.record.run, message.peer, reason, False))
+            return
         if isinstance(message, m.AskStatus) and message.run in ("", self.record.run):
             self.effects.append(Send(source, m.Status(status(self, now, message.events_after))))
             return
@@ -131,14 +137,18 @@ class Coordinator:
                 self.effects.append(Send(source, m.Done(False, reason)))
             return
         if isinstance(message, m.Exited):
-            self._exited(source, message, now)
+            self._exited(event, message, now)
         elif isinstance(message, m.Kick):
-            self._kick(source, message, now)
-        elif isinstance(message, m.Hello):
-            if source == identity(message.peer):
-                self._hello(source, message, now)
-        elif source == identity(message.peer):
-            self._from_peer(message, now)
+            if event.key:
+                reason = "that takes the run's token, not the key of a peer"
+                self.effects.append(Send(source, m.Done(False, reason)))
+            else:
+                self._kick(source, message, now)
+        elif source == identity(message.peer) and self.key_of(message.peer) in (None, event.key):
+            if isinstance(message, m.Hello):
+                self._hello(source, replace(message, key=event.key), now)
+            else:
+                self._from_peer(message, now)
 
     def _from_peer(self, message: Any, now: float) -> None:
         peer = self.peers.get(message.peer)
@@ -263,6 +273,13 @@ class Coordinator:
         member = self.members()[peer]
         return member.host, member.launch
 
+    def key_of(self, peer: int) -> bytes | None:
+        """What it has to show; None: nobody knows it."""
+        if peer in self.peers:
+            return self.peers[peer].hello.key
+        member = self.members().get(peer)
+        return member.key if member else None
+
     def min_peers(self) -> int:
         if self.options.min_peers is not None:
             return max(1, self.options.min_peers)
@@ -307,18 +324,19 @@ class Coordinator:
         member = self.members().get(peer)
         return f"{member.name} ({peer:016x})" if member else f"{peer:016x}"
 
-    def _exited(self, source: bytes, message: m.Exited, now: float) -> None:
+    def _exited(self, event: Received, message: m.Exited, now: float) -> None:
         found = [
             peer
             for peer in sorted(self.known())
-            if peer == message.peer
-            or (not message.peer and message.launch
-                and self.origin(peer) == (message.host, message.launch))
+            if (peer == message.peer
+                or (not message.peer and message.launch
+                    and self.origin(peer) == (message.host, message.launch)))
+            and event.key in (b"", self.key_of(peer))
         ]  # fmt: skip
         for peer in found:
             self.leave_out(peer, "exited", message.detail or "its process ended", now)
         detail = f"{len(found)} peers left out"
-        self.effects.append(Send(source, m.Done(bool(found), detail)))
+        self.effects.append(Send(event.source, m.Done(bool(found), detail)))
 
     def _kick(self, source: bytes, message: m.Kick, now: float) -> None:
         found = [
@@ -339,9 +357,16 @@ class Coordinator:
             reason += f" ({message.detail})" if message.detail else ""
             if not message.leave:
                 self.gone.bar(self.origin(found[0]), reason)
+                self._bar_key(found[0])
             self.leave_out(found[0], kind, reason, now)
         detail = self.name(found[0]) if len(found) == 1 else f"{len(found)} peers match"
         self.effects.append(Send(source, m.Done(len(found) == 1, detail)))
+
+    def _bar_key(self, peer: int) -> None:
+        """A kicked peer's own key opens nothing any more, also after a restart."""
+        key, barred = self.key_of(peer), self.record.barred
+        if key and key not in barred:
+            self.persist(replace(self.record, barred=(*barred, key)[-BARRED_MAX:]))
 
     def _suspect_silent(self, now: float) -> None:
         timeout_s = self.options.suspect_timeout_s

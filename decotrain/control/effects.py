@@ -14,6 +14,7 @@ class Received:
 
     source: bytes  # routing identity; a peer's is identity(peer)
     message: Any
+    key: bytes = b""  # the peer's own key that was shown for it; empty: the run's token, or none
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ contact = record(
     name=name,
     host=text(256),
     addresses=addresses,
-    key=blob(0, 64),
+    key=blob(0, 64),  # of TLS, between it and the receiver alone; empty: the run's
 )
 
 
@@ -72,7 +72,7 @@ class Hello:
     host: Annotated[str, text(256)]
     launch: Annotated[str, text(128)]  # who started us, equal for the process that replaces us
     addresses: Annotated[list[str], addresses]  # of its data plane
-    key: Annotated[bytes, blob(0, 64)]  # reserved for the data plane
+    key: Annotated[bytes, blob(0, 64)]  # its own; what the coordinator saw, whatever it says
     share: Annotated[float, number(0, 1e6)]
     config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
     min_peers: Annotated[int, integer(0, PEERS_MAX)]  # 0: no wish

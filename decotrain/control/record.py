@@ -33,8 +33,9 @@ from decotrain.control.fields import (
 from decotrain.control.fields import record as fields_of
 from decotrain.errors import FileError, MessageError
 
-_MAGIC = b"decotrain record 1\n"
+_MAGIC = b"decotrain record 2\n"
 _DIGEST_BYTES = 32
+BARRED_MAX = 4096
 RECORD_BYTES_MAX = 4 << 20
 
 
@@ -48,7 +49,7 @@ class RecordMember:
     host: str
     launch: str
     addresses: list[str] = field(default_factory=list)
-    key: bytes = b""
+    key: bytes = b""  # its own key, if it has one
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Record:
     view: int = 0
     members: tuple[RecordMember, ...] = ()
     slots_used: tuple[int, ...] = ()  # least recently used first
+    barred: tuple[bytes, ...] = ()  # own keys of peers that were kicked
 
 
 _check_member = fields_of(
@@ -85,6 +87,7 @@ _check = fields_of(
     view=u64,
     members=sequence(_check_member, m.PEERS_MAX),
     slots_used=sequence(integer(0, 63), 64),
+    barred=sequence(blob(1, 64), BARRED_MAX),
 )
 
 
@@ -105,8 +108,8 @@ def unpack(data: bytes, where: str) -> Record:
     except (MessageError, ValueError) as error:
         raise FileError(f"{where} is damaged: {error}") from None
     members = tuple(RecordMember(**member) for member in content.pop("members"))
-    slots = tuple(content.pop("slots_used"))
-    return Record(members=members, slots_used=slots, **content)
+    slots, barred = tuple(content.pop("slots_used")), tuple(content.pop("barred"))
+    return Record(members=members, slots_used=slots, barred=barred, **content)
 
 
 class RecordFile:

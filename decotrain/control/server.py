@@ -1,6 +1,7 @@
 """The coordinator process: a socket, a clock and a disk around the pure Coordinator.
 
 Effects are carried out in order, a record with fsync before the message after it. Decides nothing.
+Where peers have keys of their own it says whose message is whose, and hands out the keys of pairs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import resource
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +20,21 @@ import zmq
 
 from decotrain.control import messages
 from decotrain.control.coordinator import Coordinator, Options
-from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick
+from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.metrics_page import MetricsPage
+from decotrain.control.peer_list import PeerList
 from decotrain.control.record import Record, RecordFile
 from decotrain.control.status import prometheus, status
 from decotrain.control.token import Token
-from decotrain.control.transport import Gate, bind_router, check_trust
+from decotrain.control.transport import TAIL_BYTES, Gate, bind_router, check_trust
 from decotrain.errors import ConfigError, FileError, MessageError
 
 TICK_S = 0.05
 DUE_TICK_S = 0.005  # at most so often, while a change of view is due
 PERSIST_RETRY_S = 1.0
 PAGE_S = 1.0  # between two states of the metrics page
+PEER_ROUTE_BYTES = len(identity(0)) + TAIL_BYTES
+ROUTES_MAX = 4096
 
 logger = logging.getLogger("decotrain.coordinator")
 
@@ -47,6 +52,7 @@ class Server:
         token: Token | None = None,
         insecure: bool = False,  # without a token, for other machines too
         page: MetricsPage | None = None,
+        peer_list: PeerList | None = None,  # peers with keys of their own
     ) -> None:
         check_trust(listen, token, insecure)
         if token is not None:
@@ -58,7 +64,7 @@ class Server:
         self.gate: Gate | None = None
         try:
             if token is not None:
-                self.gate = Gate(self.context, token)
+                self.gate = Gate(self.context, token, self._knows)
             self.socket, self.address = bind_router(self.context, listen, token)
         except ConfigError:
             if self.gate is not None:
@@ -67,6 +73,8 @@ class Server:
             raise
         options = replace(options, first_term=int(time.time()))
         self.coordinator = Coordinator(options, record)
+        self.token, self.peer_list = token, peer_list
+        self.routes: OrderedDict[bytes, bytes] = OrderedDict()
         self.on_log = on_log
         self.page, self.page_s = page, 0.0
         self.stopping = threading.Event()
@@ -113,18 +121,45 @@ class Server:
     def _receive(self) -> None:
         for _ in range(256):  # then a tick gets its turn
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
                 if len(parts) != 2:
                     raise MessageError(f"a message of {len(parts)} parts")
-                message = messages.decode(parts[1])
+                message = messages.decode(parts[1].bytes)
+                key = _user_of(parts[1])
+                source = self._source(parts[0].bytes, key)
             except MessageError as error:
                 self.refused += 1
                 logger.debug("dropped a message: %s", error)
                 continue
-            self._carry(self.coordinator.step(Received(parts[0], message), time.monotonic()))
+            event = Received(source, message, key)
+            self._carry(self.coordinator.step(event, time.monotonic()))
+
+    def _knows(self, key: bytes) -> bool:
+        """May who shows this key of its own talk to us?"""
+        if self.peer_list is None or key in self.coordinator.record.barred:
+            return False
+        return self.peer_list.name_of(key) is not None
+
+    def _source(self, route: bytes, key: bytes) -> bytes:
+        """Who speaks. A peer's route has a tail that nobody else knows: with another tail somebody
+        speaks in its name, and would be given what is meant for it."""
+        if not route.startswith(b"p"):
+            return route
+        if len(route) != PEER_ROUTE_BYTES:
+            raise MessageError("the name of a peer without its tail")
+        who = route[:-TAIL_BYTES]
+        owner = self.coordinator.key_of(int.from_bytes(who[1:], "big"))
+        if owner is not None and owner != key:
+            raise MessageError("the name of a peer that has another key")
+        if self.routes.setdefault(who, route) != route:
+            raise MessageError("the name of a peer that is here already")
+        self.routes.move_to_end(who)
+        while len(self.routes) > ROUTES_MAX:
+            self.routes.popitem(last=False)
+        return who
 
     def _carry(self, effects: list[Any]) -> None:
         for effect in effects:
@@ -133,7 +168,7 @@ class Server:
             elif isinstance(effect, Send):
                 if isinstance(effect.message, messages.Status):  # for who compares clocks
                     effect.message.status["wall_s"] = time.time()
-                self._send(effect.to, messages.encode(effect.message))
+                self._send(effect.to, messages.encode(self._keyed(effect.to, effect.message)))
             elif isinstance(effect, Log):
                 logger.info("%s: %s", effect.kind, effect.text)
                 if self.on_log is not None:
@@ -155,11 +190,30 @@ class Server:
                 if self.stopping.wait(PERSIST_RETRY_S):
                     return
 
+    def _keyed(self, to: bytes, message: Any) -> Any:
+        """An install with the keys that its receiver shares with each other peer."""
+        install = isinstance(message, messages.Install)
+        if not install or self.token is None or self.peer_list is None or not self.peer_list.names:
+            return message
+        run, peer = self.coordinator.record.run, int.from_bytes(to[1:], "big")
+        contacts = [
+            {**one, "key": self.token.pair_key(run, peer, one["peer"])} for one in message.contacts
+        ]
+        return replace(message, contacts=contacts)
+
     def _send(self, to: bytes, data: bytes) -> None:
         try:
-            self.socket.send_multipart([to, data], zmq.NOBLOCK)
+            self.socket.send_multipart([self.routes.get(to, to), data], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # its queue is full, or it is gone: everything is repeated
             logger.debug("a message was not sent: %s", error)
+
+
+def _user_of(frame: zmq.Frame) -> bytes:
+    """The user id that our gate gave to the connection."""
+    try:
+        return str(frame.get("User-Id")).encode()
+    except zmq.ZMQError:  # no token: nobody was asked
+        return b""
 
 
 def _check_record(record: Record | None, options: Options) -> None:
@@ -186,8 +240,9 @@ class ServerThread:
         listen: str = "127.0.0.1:0",
         folder: Any = None,
         token: Token | None = None,
+        peer_list: PeerList | None = None,
     ) -> None:
-        self.server = Server(listen, options, folder, token=token)
+        self.server = Server(listen, options, folder, token=token, peer_list=peer_list)
         self.address = self.server.address
         self.thread = threading.Thread(target=self.server.run, name="coordinator", daemon=True)
         self.thread.start()
@@ -206,13 +261,16 @@ def serve(
     token: Token | None = None,
     insecure: bool = False,
     metrics: str | None = None,  # address of the page for Prometheus
+    peer_list: PeerList | None = None,
 ) -> int:
     """Runs a coordinator in the foreground; the exit status."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:  # a stranger's connection costs a descriptor for 5 s: there should be plenty
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     page = MetricsPage(metrics) if metrics else None
-    server = Server(listen, options, folder, token=token, insecure=insecure, page=page)
+    server = Server(
+        listen, options, folder, token=token, insecure=insecure, page=page, peer_list=peer_list
+    )
     announce(f"coordinator of run {options.run!r} listens on {server.address}")
     if page is not None:
         announce(f"metrics at http://{page.address}/metrics")

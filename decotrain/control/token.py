@@ -1,8 +1,10 @@
-"""The run's token: the one secret of a run, its file, and every key that follows from it.
+"""The run's token and the keys of single peers: their files, and every key that follows from them.
 
 A token is 32 random bytes, written as `dtk1-` and base32 with a checksum, in a file that only its
 owner can read. All keys are keyed BLAKE2b of the token with a label of their own, so none of them
-says anything about another or about the token. Nothing here prints, logs or sends a secret.
+says anything about another or about the token. A peer's own key (`dtp1-`) opens the run for one
+peer only, until it is taken away (peer_list.py): the token does not follow from it. Nothing here
+prints, logs or sends a secret.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from decotrain.errors import ConfigError
 SECRET_BYTES = 32
 CHECK_BYTES = 3  # 35 bytes are 56 letters, without padding
 PREFIX = "dtk1-"
+PEER_PREFIX = "dtp1-"
+PEER_CHECK_BYTES = 4  # 3 x 32 + 4 bytes are 160 letters, without padding
 FILE_BYTES_MAX = 4096
 VARIABLE = "DECOTRAIN_TOKEN_FILE"
 
@@ -56,35 +60,95 @@ class Token:
         """CURVE keys that whoever talks to the coordinator shows: public, secret (Z85)."""
         return _curve_keys(self.derive("curve client"))
 
+    @property
+    def server_public(self) -> bytes:
+        """What whoever dials the coordinator must know of it (Z85)."""
+        return self.server_keys[0]
+
     def data_key(self, run: str) -> bytes:
-        """The pre-shared key of TLS between peers of this run."""
+        """The pre-shared key of TLS between peers that hold this token."""
         return self.derive("data tls psk", run)
+
+    def pair_key(self, run: str, one: int, other: int) -> bytes:
+        """The pre-shared key of TLS between two peers, by their ids, when peers have own keys."""
+        low, high = sorted((one, other))
+        pair = low.to_bytes(8, "big") + high.to_bytes(8, "big")
+        return hashlib.blake2b(pair, key=self.derive("data tls pair", run), digest_size=32).digest()
 
     def fingerprint(self, run: str) -> int:
         """What peers of one run have in common; says nothing about the token."""
-        return int.from_bytes(self.derive("fingerprint", run, 8), "big")
+        return _fingerprint(self.derive("fingerprint"), run)
+
+    def peer_key(self) -> PeerKey:
+        """A new key for one peer."""
+        from zmq.utils import z85
+
+        server: bytes = z85.decode(self.server_public)
+        return PeerKey(secrets.token_bytes(SECRET_BYTES), server, self.derive("fingerprint"))
 
     def record_mark(self) -> bytes:
         """Tells the coordinator's record whether it was made with this token."""
         return self.derive("record", size=16)
 
 
-def parse(text: str) -> Token:
+@dataclass(frozen=True)
+class PeerKey:
+    """What one peer holds instead of the run's token."""
+
+    secret: bytes = field(repr=False)  # of CURVE
+    server: bytes = field(repr=False)  # public key of the coordinator, raw
+    mark: bytes = field(repr=False)  # what the fingerprint of a run follows from
+
+    @property
+    def text(self) -> str:
+        body = self.secret + self.server + self.mark
+        body += _check(body, PEER_CHECK_BYTES)
+        return PEER_PREFIX + base64.b32encode(body).decode().lower()
+
+    @functools.cached_property
+    def client_keys(self) -> tuple[bytes, bytes]:
+        """CURVE keys that it shows to the coordinator: public, secret (Z85)."""
+        return _curve_keys(self.secret)
+
+    @property
+    def server_public(self) -> bytes:
+        from zmq.utils import z85
+
+        written: bytes = z85.encode(self.server)
+        return written
+
+    def data_key(self, run: str) -> bytes:
+        """None: the coordinator says which key it shares with whom."""
+        return b""
+
+    def fingerprint(self, run: str) -> int:
+        return _fingerprint(self.mark, run)
+
+
+Secret = Token | PeerKey
+
+
+def parse(text: str) -> Secret:
     """The token that `text` writes. A ValueError says what is wrong, never what is there."""
     text = text.strip()
-    if not text.startswith(PREFIX):
-        raise ValueError(f"it does not begin with {PREFIX}")
+    single = text.startswith(PEER_PREFIX)
+    if not single and not text.startswith(PREFIX):
+        raise ValueError(f"it does not begin with {PREFIX} or {PEER_PREFIX}")
     try:
-        body = base64.b32decode(text[len(PREFIX) :].upper().encode())
+        data = base64.b32decode(text[len(PREFIX) :].upper().encode())
     except (binascii.Error, UnicodeEncodeError):
         raise ValueError("letters are missing or foreign") from None
-    secret, check = body[:SECRET_BYTES], body[SECRET_BYTES:]
-    if len(body) != SECRET_BYTES + CHECK_BYTES or check != _check(secret):
+    secrets_, check_bytes = (3, PEER_CHECK_BYTES) if single else (1, CHECK_BYTES)
+    size = secrets_ * SECRET_BYTES
+    body, check = data[:size], data[size:]
+    if len(data) != size + check_bytes or check != _check(body, check_bytes):
         raise ValueError("its checksum is wrong: letters are missing or changed")
-    return Token(secret)
+    if single:
+        return PeerKey(*(body[i : i + SECRET_BYTES] for i in range(0, size, SECRET_BYTES)))
+    return Token(body)
 
 
-def write(token: Token, path: str | Path) -> None:
+def write(token: Secret, path: str | Path) -> None:
     """A new file that only we can read. Never replaces one: that would end a run's trust."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -99,7 +163,7 @@ def write(token: Token, path: str | Path) -> None:
         file.write(token.text + "\n")
 
 
-def read(path: str | Path) -> Token:
+def read(path: str | Path) -> Secret:
     """The token of a file that nobody but its owner can read."""
     try:
         with open(path, "rb") as file:
@@ -124,14 +188,33 @@ def read(path: str | Path) -> Token:
         ) from None
 
 
-def find(path: str | Path | None = None) -> Token | None:
+def find(path: str | Path | None = None) -> Secret | None:
     """The token of the file named here or by the environment; None when no file is named."""
-    path = path or os.environ.get(VARIABLE)
+    path = place(path)
     return read(path) if path else None
 
 
-def _check(secret: bytes) -> bytes:
-    return hashlib.blake2b(secret, person=b"token check", digest_size=CHECK_BYTES).digest()
+def place(path: str | Path | None = None) -> str | Path | None:
+    """The file that `find` reads."""
+    return path or os.environ.get(VARIABLE)
+
+
+def whole(token: Secret | None, path: str | Path | None = None) -> Token | None:
+    """What decides about a run needs its token, and not a key of one peer."""
+    if isinstance(token, PeerKey):
+        raise ConfigError(
+            f"{place(path)} is the key of one peer, and this needs the token of the run: name its"
+            " file with --token-file"
+        )
+    return token
+
+
+def _check(secret: bytes, size: int = CHECK_BYTES) -> bytes:
+    return hashlib.blake2b(secret, person=b"token check", digest_size=size).digest()
+
+
+def _fingerprint(mark: bytes, run: str) -> int:
+    return int.from_bytes(hashlib.blake2b(run.encode(), key=mark, digest_size=8).digest(), "big")
 
 
 def _curve_keys(secret: bytes) -> tuple[bytes, bytes]:

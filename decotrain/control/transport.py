@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket as sockets
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -17,7 +18,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from decotrain.control.messages import MESSAGE_BYTES_MAX
-from decotrain.control.token import VARIABLE, Token
+from decotrain.control.token import VARIABLE, PeerKey, Secret, Token
 from decotrain.errors import ConfigError
 
 DEFAULT_PORT = 29400
@@ -28,6 +29,7 @@ FAILURES_MAX = 3  # handshakes in a row, before it is no accident
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"  # ZMTP 3.1, as far as the other side waits for it
 GREETING_BYTES = 64
 PROBE_S = 2.0
+TAIL_BYTES = 16  # of a peer's routing id: random, known to it and the coordinator
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -65,7 +67,7 @@ def endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def check_trust(address: str, token: Token | None, insecure: bool) -> None:
+def check_trust(address: str, token: Secret | None, insecure: bool) -> None:
     """Without a token only this machine may talk, unless somebody says that the network is safe."""
     if token is not None or insecure or os.environ.get(INSECURE) == "1":
         return
@@ -85,13 +87,19 @@ def check_trust(address: str, token: Token | None, insecure: bool) -> None:
 
 
 class Gate:
-    """The ZAP handler: the one key in, everybody else out. Polled by whoever owns the context."""
+    """The ZAP handler: the key of the run's token in, and the keys of peers that `knows` says yes
+    to; everybody else out. Polled by whoever owns the context. A peer's own key is the user id of
+    all its messages, and that of the token is none.
+    """
 
-    def __init__(self, context: zmq.Context[Any], token: Token) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], token: Token, knows: Callable[[bytes], bool]
+    ) -> None:
         self.socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ZAP)
         self.key = z85.decode(token.client_keys[0])
+        self.knows = knows
         self.refused = 0
 
     def answer(self) -> None:
@@ -102,10 +110,11 @@ class Gate:
             except zmq.Again:
                 return
             sender, empty, version, request, domain, _, _, mechanism, *keys = parts
-            known = domain == DOMAIN and mechanism == b"CURVE" and keys == [self.key]
+            user = b"" if keys == [self.key] else b"".join(keys).hex().encode()
+            known = domain == DOMAIN and mechanism == b"CURVE" and (not user or self.knows(user))
             self.refused += not known
-            status = [b"200", b"OK"] if known else [b"400", b"unknown key"]
-            self.socket.send_multipart([sender, empty, version, request, *status, b"", b""])
+            status = [b"200", b"OK", user] if known else [b"400", b"unknown key", b""]
+            self.socket.send_multipart([sender, empty, version, request, *status, b""])
 
     def close(self) -> None:
         self.socket.close()
@@ -121,8 +130,9 @@ class Handshakes:
         | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     )
 
-    def __init__(self, socket: zmq.Socket[Any], address: str, token: Token | None) -> None:
+    def __init__(self, socket: zmq.Socket[Any], address: str, token: Secret | None) -> None:
         self.socket, self.address, self.secured = socket, address, token is not None
+        self.single = isinstance(token, PeerKey)
         self.monitor: zmq.Socket[Any] = socket.get_monitor_socket(self.EVENTS)
         self.failures = 0
         self.accepted = False  # once: then it is ours, whatever happens later
@@ -142,7 +152,8 @@ class Handshakes:
                 continue
             self.failures += 1
             self.stuck = int(event["event"]) == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            if (self.stuck or self.failures == FAILURES_MAX) and not self.accepted:
+            denied = int(event["event"]) == zmq.EVENT_HANDSHAKE_FAILED_AUTH  # a word, no accident
+            if (self.stuck or denied or self.failures == FAILURES_MAX) and not self.accepted:
                 self.wrong = self._why()
 
     def _why(self) -> str | None:
@@ -152,6 +163,11 @@ class Handshakes:
         if mechanism is None:
             self.failures = 0  # it has just gone: nothing is known
             return None
+        if mechanism == b"CURVE" and self.single:
+            return (
+                f"the coordinator at {place} does not accept this peer's key: it was taken away"
+                " (`decotrain kick`) or is of another run; ask its operator for a new one"
+            )
         if mechanism == b"CURVE" and self.secured:
             return (
                 f"the coordinator at {place} does not accept our token: it was started with another"
@@ -253,14 +269,14 @@ def connect_dealer(
     context: zmq.Context[Any],
     address: str,
     identity: bytes | None = None,
-    token: Token | None = None,
+    token: Secret | None = None,
 ) -> zmq.Socket[Any]:
     """Connects, and reconnects for ever with growing pauses. Sends nothing while it cannot."""
     host, port = split_address(address)
     socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _guard(socket)
     if token is not None:
-        _secure(socket, token.client_keys, token.server_keys[0])
+        _secure(socket, token.client_keys, token.server_public)
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # messages for a dead connection are not kept

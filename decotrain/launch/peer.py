@@ -30,7 +30,7 @@ from decotrain.control import client
 from decotrain.control import messages as m
 from decotrain.control.coordinator import Options as RunOptions
 from decotrain.control.server import ServerThread
-from decotrain.control.token import find
+from decotrain.control.token import find, whole
 from decotrain.errors import ConfigError, Error
 from decotrain.farewell import FILE, last_words
 from decotrain.launch.options import Options
@@ -76,7 +76,9 @@ class Peer:
         with ExitStack() as stack:
             token = find(self.options.token_file)
             if self.options.join is None:
-                server = ServerThread(RunOptions(run=self.options.run), token=token)
+                server = ServerThread(
+                    RunOptions(run=self.options.run), token=whole(token, self.options.token_file)
+                )
                 stack.callback(server.stop)
                 self.address = server.address
                 _say(f"run {self.options.run!r} at {self.address.removeprefix('tcp://')}")

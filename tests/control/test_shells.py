@@ -18,7 +18,7 @@ from decotrain.control import member as mb
 from decotrain.control.agent import Agent, new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import Server, ServerThread
-from decotrain.control.token import Token
+from decotrain.control.token import Secret
 from decotrain.errors import ConfigError, UnreachableError
 from tests.control.fakes import empty_report
 
@@ -32,6 +32,7 @@ class FakeNode:
         self.event_fd, self._write = os.pipe()
         self.view = 0
         self.peers: list[Any] = []
+        self.keys: dict[int, bytes] = {}
 
     def freeze(self, term: int, number: int) -> dict[str, Any]:
         return empty_report(self.view)
@@ -43,8 +44,8 @@ class FakeNode:
     def declare(self, covered: list[tuple[int, int]]) -> None:
         pass
 
-    def set_peers(self, peers: list[Any]) -> None:
-        self.peers = peers
+    def set_peers(self, peers: list[Any], keys: dict[int, bytes]) -> None:
+        self.peers, self.keys = peers, keys
 
     def set_route(self, peer: int, via: int) -> None:
         pass
@@ -63,7 +64,7 @@ class FakeNode:
         os.close(self._write)
 
 
-def agent(address: str, name: str, token: Token | None = None, **identity: Any) -> Agent:
+def agent(address: str, name: str, token: Secret | None = None, **identity: Any) -> Agent:
     who = mb.Identity(**{"run": "default", "peer": new_peer_id(), "name": name, **identity})
     made = Agent(address, who, FakeNode, list, token=token)
     made.post(mb.Ready())
