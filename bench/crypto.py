@@ -4,10 +4,11 @@ As in bench.allreduce: a sample is the slowest process's mean over a few calls, 
 CPU is the time of all threads of a process for each GB of its buffer. `of_plain` divides by plain
 TCP in the same turn. The second part is a round over TLS while strangers dial both peers and say
 nothing, nonsense, or one byte of a handshake now and then; strangers share the processors with
-the peers, so their rate is bounded and named.
+the peers, so their rate is bounded and named. What the peers hold after each turn is in the same
+table: descriptors, and memory above that of the first calm turn, of the peer that holds most.
 
-Options (`--set`): peers=2, sizes=1024,65536 (KiB), rate=200 (strangers each second). It does not
-measure real networks: no line in bench.wan carries what one core encrypts.
+Options (`--set`): peers=2, sizes=1024,65536 (KiB), rate=200 (strangers each second), part=attack
+(only that). It does not measure real networks: no line in bench.wan carries what one core encrypts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import Any
 
 from bench.allreduce import KIB, MIB, Team, measure
@@ -27,6 +29,7 @@ from bench.common import Report, Settings, Stats, interleave, log
 VARIANTS = ["tcp", "tls", "unix"]
 ATTACKED_BYTES = 16 * MIB
 OPEN_MAX = 500  # connections that a stranger holds
+CALLS = 40  # rounds in one sample: a second or two
 
 
 def run(settings: Settings) -> Report:
@@ -39,7 +42,7 @@ def run(settings: Settings) -> Report:
     os.environ["OMP_NUM_THREADS"] = "1"
     team = Team(peers, {"gloo": "0", "streams": "0", "codec": "f32"})
     try:
-        for size in sizes:
+        for size in sizes if settings.option("part", "all") == "all" else []:
             first = len(report.rows)
             measure(team, report, settings, size, VARIANTS)
             _add_ratios(report.rows[first:])
@@ -53,8 +56,8 @@ def run(settings: Settings) -> Report:
                  where=cost)  # fmt: skip
     report.table("ratio", "of_plain", columns="transport", title="Speed, of plain TCP's",
                  where=cost)  # fmt: skip
-    report.table("attack", ["time_ms", "of_calm"], where={"part": "attack"},
-                 title="A round over TLS, with strangers")  # fmt: skip
+    report.table("attack", ["time_ms", "of_calm", "descriptors", "more_mib"],
+                 where={"part": "attack"}, title="A round over TLS, with strangers")  # fmt: skip
     report.note("Median [quartiles] over the samples; every sample after a warm-up, in turns.")
     return report
 
@@ -76,7 +79,9 @@ def _under_attack(team: Team, report: Report, settings: Settings, rate: int) -> 
     stranger = context.Process(target=_dial, args=(targets, rate, on, over), daemon=True)
     stranger.start()
     elements = (MIB if settings.quick else ATTACKED_BYTES) // 4
-    calls = 2 if settings.quick else 8
+    calls = 2 if settings.quick else CALLS
+    names = {False: "calm", True: f"{rate}/s"}
+    held: dict[str, list[tuple[int, float]]] = {name: [] for name in names.values()}
 
     def sample(attacked: bool) -> float:
         if attacked:
@@ -84,10 +89,11 @@ def _under_attack(team: Team, report: Report, settings: Settings, rate: int) -> 
             time.sleep(0.2)  # until there is a crowd
         wall, _ = team.run("tls", elements, calls)
         on.clear()
+        held[names[attacked]].append(_held(team))
         return wall
 
     try:
-        variants = {"calm": lambda: sample(False), f"{rate}/s": lambda: sample(True)}
+        variants = {name: lambda a=attacked: sample(a) for attacked, name in names.items()}
         samples = interleave(variants, settings.repeats)
     finally:
         over.set()
@@ -96,8 +102,23 @@ def _under_attack(team: Team, report: Report, settings: Settings, rate: int) -> 
     for name, taken in samples.items():
         pairs = zip(taken, samples["calm"], strict=True)
         case = {"part": "attack", "KiB": elements * 4 / KIB, "strangers": name}
-        report.add(case, time_ms=[t * 1e3 for t in taken], of_calm=[t / calm for t, calm in pairs])
+        counts, bytes_ = zip(*held[name][1:], strict=True)  # the first is the warm-up
+        report.add(
+            case,
+            time_ms=[t * 1e3 for t in taken],
+            of_calm=[t / calm for t, calm in pairs],
+            descriptors=[float(n) for n in counts],
+            more_mib=[(n - held["calm"][0][1]) / MIB for n in bytes_],
+        )
         log(f"  strangers {name}: {sorted(taken)[len(taken) // 2] * 1e3:.1f} ms")
+
+
+def _held(team: Team) -> tuple[int, float]:
+    """Descriptors and resident bytes of the peer that holds most of them."""
+    ids = [process.pid for process in team.processes]
+    pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in ids]
+    counts = [len(os.listdir(f"/proc/{one}/fd")) for one in ids]
+    return max(counts), max(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _dial(targets: list[tuple[str, int]], rate: int, on: Event, over: Event) -> None:

@@ -50,7 +50,7 @@ model, and exchange what they learned only now and then. Any peer may be killed:
   decotrain train data.path=/some/folder               any text file, folder or glob
   decotrain train baseline=true                        compare with one peer alone
   decotrain train name=first resume=auto               go on from the newest checkpoint
-  decotrain train join=HOST:29400 peers=1              one more peer of a run elsewhere
+  decotrain train join=HOST:29400                      one more peer of a run elsewhere
   decotrain train -m outer.lr=0.4,0.7                  a sweep: one run for each value
   decotrain train --cfg job                            show the configuration and stop
 
@@ -66,7 +66,7 @@ comes out is the base and a seed log of kilobytes. Any peer may be killed: the o
   decotrain finetune base=runs/first task=classify data.path=reviews.jsonl
   decotrain finetune base=model.safetensors factory=my_model:make context=256 data.path=poems.txt
   decotrain finetune base=runs/first name=poems resume=auto  go on where its longest seed log ends
-  decotrain finetune base=runs/first name=poems join=203.0.113.7:29400 peers=1
+  decotrain finetune base=runs/first name=poems join=203.0.113.7:29400
                                                              join the run of another machine
 
 Keys (hydra syntax):
@@ -231,9 +231,11 @@ def _launch(command: str, config: Any) -> int:
     made = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
     try:
-        job, folder = kind.of(composed), made
-        named = any(override.startswith("name=") for override in overrides)
-        if job.resume and not named:
+        named = {override.partition("=")[0] for override in overrides}
+        if composed["join"] and "peers" not in named:
+            composed["peers"] = 1  # one machine of several
+        job, folder = kind.of(composed, overrides), made
+        if job.resume and "name" not in named:
             place = Path(str(composed["folder"])).expanduser().absolute()
             found = newest_run(place, kind.saved_as)
             if found is not None:

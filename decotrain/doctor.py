@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 import resource
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -19,10 +20,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import zmq
+
 from decotrain import __version__, probe
 from decotrain.control import client
-from decotrain.control.token import find
-from decotrain.control.transport import split_address
+from decotrain.control.token import Secret, find, probe_key
+from decotrain.control.transport import ZMQ_MIN, check_trust, split_address
 
 DESCRIPTORS_MIN = 4096
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
@@ -34,6 +37,7 @@ RTT_LONG_S = 0.3
 STREAMS = (1, 2, 4, 8, 16)
 MEASURE_S = 1.0
 PEER_DIALS_MAX = 64
+ZMQ = zmq.zmq_version_info()
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,16 @@ def main(words: list[str]) -> int:
     add("address", nargs="?", metavar="HOST:PORT", help="of the coordinator")
     add("--run", default="", help="name of the run; whichever is there without it")
     add("--token-file", metavar="FILE", help="the run's token")
-    add("--answer", type=int, metavar="PORT", help="answers a doctor elsewhere, until Ctrl-C")
+    add("--answer", type=int, metavar="PORT",
+        help="answers a doctor elsewhere that has the same token, until Ctrl-C")  # fmt: skip
     add("--to", metavar="HOST:PORT", help="measures the way to a machine that answers")
-    add("--port", type=int, default=0, help="of ours, which that machine tries to dial back")
+    add("--port", type=int, default=0, help="of ours, which the other side tries to dial back")
+    add("--insecure", action="store_true", help="with --answer and no token: answers everybody")
     asked = parser.parse_args(words)
     if asked.answer is not None:
-        answerer = probe.Answerer("", asked.answer)
+        token = find(asked.token_file)
+        check_trust("0.0.0.0", token, asked.insecure)  # noqa: S104 - what it is about to do
+        answerer = probe.Answerer("", asked.answer, probe_key(token))
         print(f"answers on port {answerer.port}; on the other machine: decotrain doctor --to"
               f" HOST:{answerer.port}", flush=True)  # fmt: skip
         answerer.thread.join()
@@ -80,16 +88,20 @@ def main(words: list[str]) -> int:
 def _all(asked: argparse.Namespace) -> Iterator[Finding]:
     yield from versions()
     yield from limits()
+    token = find(asked.token_file)
     if asked.address:
-        known = client.status(asked.address, asked.run, token=find(asked.token_file))
+        known = client.status(asked.address, asked.run, token=token)
         yield from coordinator(asked.address, known, time.time())
+        yield from way_to_coordinator(asked, token)
     if asked.to:
-        yield from path(*split_address(asked.to), asked.port)
+        yield from path(probe.Way(*split_address(asked.to), probe_key(token)), asked.port)
 
 
 def versions() -> Iterator[Finding]:
     """What is installed here. Imports none of it: a broken torch is to be found, not to be hit."""
     yield Finding("decotrain", f"{__version__}, Python {platform.python_version()}")
+    old = "pip install --force-reinstall --only-binary :all: pyzmq" if ZMQ < ZMQ_MIN else ""
+    yield Finding("libzmq", ".".join(map(str, ZMQ)), old)
     try:
         torch = version("torch")
         yield Finding("torch", torch)
@@ -174,25 +186,49 @@ def _peer(peer: dict[str, Any]) -> Finding:
                    " (--listen, --advertise), or start it with --dial-only")  # fmt: skip
 
 
-def path(host: str, port: int, own_port: int) -> Iterator[Finding]:
-    """The way to a machine that answers, both directions."""
-    rtt_s = probe.round_trip_s(host, port)
-    yield Finding("round trip", f"{1e3 * rtt_s:.2f} ms")
-    offset_s = probe.clock_offset_s(host, port)
-    off = "set the clock of one of them (timedatectl set-ntp true)"
-    yield Finding("clock", f"{offset_s:+.2f} s", off if abs(offset_s) > CLOCK_MAX_S else "")
-    ours = probe.Answerer("", own_port)
+def way_to_coordinator(asked: argparse.Namespace, token: Secret | None) -> Iterator[Finding]:
+    """Both directions: it dials us back, and opens a port for a minute to measure bandwidth."""
+    ours = probe.Answerer("", asked.port, secrets.token_bytes(32))
     try:
-        back = probe.dials_back(host, port, ours.port)
+        answer = client.probe(asked.address, asked.run, ours.port, token=token)
     finally:
         ours.close()
+    yield _dialled(ours.port, answer.dialled, f" (it sees us at {answer.place})")
+    host, _ = split_address(asked.address)
+    if probe.can_dial(host, answer.port):
+        yield from bandwidth(probe.Way(host, answer.port, answer.key))
+        return
+    seen = f"not measured: port {answer.port} of the coordinator is closed to us"
+    yield Finding("bandwidth", f"{seen}; --answer there and --to here do it at a port of choice")
+
+
+def _dialled(port: int, back: bool, more: str = "") -> Finding:
     remedy = (
         "open a port here and forward it in the router (--port here; --listen, --advertise of"
         " `decotrain run`), or run with --dial-only"
     )
-    seen = f"port {ours.port}, " + ("yes" if back else "no")
-    yield Finding("dialled back", seen, "" if back else remedy)
+    seen = f"port {port}, " + ("yes" if back else "no") + more
+    return Finding("dialled back", seen, "" if back else remedy)
+
+
+def path(way: probe.Way, own_port: int) -> Iterator[Finding]:
+    """The way to a machine that answers, both directions."""
+    rtt_s = probe.round_trip_s(way.host, way.port)
+    yield Finding("round trip", f"{1e3 * rtt_s:.2f} ms")
+    offset_s = way.clock_offset_s()
+    off = "set the clock of one of them (timedatectl set-ntp true)"
+    yield Finding("clock", f"{offset_s:+.2f} s", off if abs(offset_s) > CLOCK_MAX_S else "")
+    ours = probe.Answerer("", own_port, way.key)
+    try:
+        back = way.dials_back(ours.port)
+    finally:
+        ours.close()
+    yield _dialled(ours.port, back)
+    yield from bandwidth(way)
+
+
+def bandwidth(way: probe.Way) -> Iterator[Finding]:
     for give, name in ((False, "bandwidth to it"), (True, "bandwidth from it")):
-        rates = [probe.rate_bps(host, port, count, give, MEASURE_S) for count in STREAMS]
+        rates = [way.rate_bps(count, give, MEASURE_S) for count in STREAMS]
         shown = ", ".join(f"{n}: {r / 1e6:.4g}" for n, r in zip(STREAMS, rates, strict=True))
         yield Finding(name, f"Mbit/s by number of streams: {shown}")

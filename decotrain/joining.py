@@ -89,6 +89,7 @@ def ask(
         name=name or os.environ.get("DECOTRAIN_NAME") or f"{socket.gethostname()}:{os.getpid()}",
         host=socket.gethostname(),
         launch=os.environ.get("DECOTRAIN_LAUNCH", ""),
+        region=os.environ.get("DECOTRAIN_REGION", "")[:64],
         config=dict(config) if config is not None else None,
         min_peers=min_peers or 0,
         share=float(places != [UNIX]),  # who cannot be dialled owns nothing

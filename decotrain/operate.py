@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +164,36 @@ def lines_of(known: Mapping[str, Any], address: str) -> list[str]:
     head += f", {active} of {len(peers)} peers active"
     if known["waiting_for"]:
         head += f", waiting for {known['waiting_for']} more"
+    versions = sorted({peer["version"] for peer in peers if peer["version"]})
+    if versions:
+        head += f"; decotrain {', '.join(versions)}"
+    regions = any(peer["region"] for peer in peers)
     lines = [head]
     if peers:
         lines.append(
-            f"{'':>3} {'peer':<18} {'host':<14} {'role':<9} {'last round':>10} {'heard':>7}"
+            f"{'':>3} {'peer':<18} {'id':<8} {'host':<14} " + f"{'region':<10} " * regions
+            + f"{'role':<9} {'last round':>10} {'behind':>6} {'heard':>7}"
             f" {'share':>5} {'can send':>9} {'held up':>8}  figures"
-        )
+        )  # fmt: skip
+    newest = _newest_rounds(peers)
     for peer in peers:
-        lines.append(_peer_line(peer))
+        lines.append(_peer_line(peer, newest, regions))
         if peer["state"] != "here":
             lines.append(f"      {peer['state']}")
+        if len(versions) > 1:
+            lines.append(f"      decotrain {peer['version']}")
+    return [
+        *lines,
+        *_link_lines(peers),
+        *(f"  {event.get('kind', '')}: {event.get('text', '')}" for event in
+          known["events"][-EVENTS_SHOWN:]),
+    ]  # fmt: skip
+
+
+def _link_lines(peers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every link with what goes over it, and who waits for whom."""
     names = {peer["peer"]: peer["name"] for peer in peers}
+    lines = []
     for peer in peers:
         for link in peer["links"]:
             lines.append(
@@ -187,21 +206,44 @@ def lines_of(known: Mapping[str, Any], address: str) -> list[str]:
     slow = max(peers, key=lambda peer: peer["held_up_s"], default=None)
     if slow is not None and slow["held_up_s"] >= SLOW_S:
         lines.append(f"the others waited {slow['held_up_s']:.1f} s for {slow['name']} alone so far")
-    for event in known["events"][-EVENTS_SHOWN:]:
-        lines.append(f"  {event.get('kind', '')}: {event.get('text', '')}")
+    waits = [
+        (seconds, peer["name"], names.get(other, other))
+        for peer in peers
+        for other, seconds in peer["waited_s"]
+        if seconds >= SLOW_S
+    ]
+    lines += [f"  {who} waited {s:.1f} s for {other}" for s, who, other in sorted(waits)[:-5:-1]]
     return lines
 
 
-def _peer_line(peer: Mapping[str, Any]) -> str:
+def _newest_rounds(peers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The newest round of each tag that any peer has taken."""
+    newest: dict[str, int] = {}
+    for peer in peers:
+        tag, number = _last_round(peer)
+        newest[tag] = max(newest.get(tag, 0), number)
+    return newest
+
+
+def _last_round(peer: Mapping[str, Any]) -> tuple[str, int]:
+    tag, _, number = str(peer["figures"].get("last_round", "")).partition("/")
+    return tag, int(number) if number.isdecimal() else 0
+
+
+def _peer_line(peer: Mapping[str, Any], newest: Mapping[str, int], regions: bool) -> str:
     figures = dict(peer["figures"])
     last = str(figures.pop("last_round", ""))
+    tag, number = _last_round(peer)
+    behind = str(newest[tag] - number) if last else ""
     shown = " ".join(f"{key}={_short(value)}" for key, value in figures.items())
     slot = "-" if peer["slot"] is None else peer["slot"]
     heard = "away" if peer["silent_s"] is None else f"{peer['silent_s']:.1f} s"
     return (
-        f"{slot:>3} {peer['name'][:18]:<18} {peer['host'][:14]:<14} {peer['role']:<9} {last:>10}"
-        f" {heard:>7} {peer['share']:>5.2f} {_rate(peer['uplink_bps']):>9}"
-        f" {peer['held_up_s']:>6.1f} s  {shown}" + ("" if peer["dialled"] else " (dials out only)")
+        f"{slot:>3} {peer['name'][:18]:<18} {peer['peer'][:8]} {peer['host'][:14]:<14} "
+        + f"{peer['region'][:10]:<10} " * regions
+        + f"{peer['role']:<9} {last:>10} {behind:>6} {heard:>7} {peer['share']:>5.2f}"
+        f" {_rate(peer['uplink_bps']):>9} {peer['held_up_s']:>6.1f} s  {shown}"
+        + ("" if peer["dialled"] else " (dials out only)")
     )
 
 
@@ -228,7 +270,7 @@ def kick(words: list[str]) -> int:
 def _leave_out(command: str, description: str | None, words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"decotrain {command}", description=description)
     parser.add_argument("address", metavar="HOST:PORT", help="of the coordinator")
-    parser.add_argument("peer", help="its name, how that begins, or its id (see status)")
+    parser.add_argument("peer", help="its name or id, or how that begins (see status)")
     parser.add_argument("--run", default="default", help="name of the run")
     parser.add_argument("--reason", default="", help="told to the peer")
     _add_token(parser)

@@ -1,36 +1,49 @@
 """Measures the way between two machines: round trip, clock, bytes a second, can it dial us back.
 
-One machine answers (`decotrain doctor --answer PORT`), the other asks. Plain TCP, no secrets: the
-answering side sends zeros, takes bytes and dials back who asks, for seconds, while it runs.
+One machine answers (`decotrain doctor --answer PORT`, or a coordinator that is asked), the other
+asks. Plain TCP: the answering side sends zeros, takes bytes and dials back who asks, for seconds.
+With a key it does so only for who proves that it knows the key; everybody else gets a number.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import secrets
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from decotrain.errors import ConfigError, UnreachableError
+from decotrain.errors import ConfigError, RefusedError, UnreachableError
 
-WORD_BYTES = 64  # a request is one line
+LINE_BYTES = 128  # a request is one line
+NUMBER_BYTES = 16  # random, so that no request is good twice
 CONNECTIONS_MAX = 32
 ANSWER_S = 20.0  # a connection at most
+STRANGER_S = 5.0  # until there is a request
 DIAL_S = 3.0
 MEASURE_S_MAX = 5.0
 BLOCK = bytes(1 << 18)
 
 
 class Answerer:
-    """Listens when constructed; every connection asks one thing."""
+    """Listens when constructed; every connection asks one thing. Empty host: all interfaces."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, key: bytes) -> None:
+        self.key = key  # empty: for anybody
+        both = not host and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
-            self.socket = socket.create_server((host, port), backlog=CONNECTIONS_MAX)
-        except OSError as error:
+            self.socket = socket.create_server(
+                (host, port), family=family, backlog=CONNECTIONS_MAX, dualstack_ipv6=both
+            )
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or str(error)
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another port"
+                f"cannot listen on {host or '*'}:{port}: {why}; choose another port"
             ) from None
         self.port: int = self.socket.getsockname()[1]
         self.places = threading.BoundedSemaphore(CONNECTIONS_MAX)
@@ -56,16 +69,26 @@ class Answerer:
     def _one(self, connection: socket.socket, source: str) -> None:
         try:
             with connection:
-                connection.settimeout(ANSWER_S)
-                _answer(connection, source)
-        except (OSError, ValueError):
+                connection.settimeout(STRANGER_S)
+                number = secrets.token_hex(NUMBER_BYTES)
+                connection.sendall(f"{number}\n".encode())
+                request, _, proof = _line(connection).rpartition(" ")
+                if hmac.compare_digest(proof, _proof(self.key, number, request)):
+                    connection.settimeout(ANSWER_S)
+                    _answer(connection, source, request)
+        except (OSError, ValueError, TypeError):
             pass  # whoever asked sees the connection end
         finally:
             self.places.release()
 
 
-def _answer(connection: socket.socket, source: str) -> None:
-    word, _, number = _line(connection).partition(" ")
+def _proof(key: bytes, number: str, request: str) -> str:
+    text = f"{number} {request}".encode()
+    return hashlib.blake2b(text, key=key, person=b"probe", digest_size=16).hexdigest()
+
+
+def _answer(connection: socket.socket, source: str, request: str) -> None:
+    word, _, number = request.partition(" ")
     if word == "time":
         connection.sendall(f"{time.time():.6f}\n".encode())
     elif word == "dial":
@@ -83,7 +106,7 @@ def _line(connection: socket.socket) -> str:
     text = b""
     while not text.endswith(b"\n"):
         # One byte at a time: what follows the line belongs to whoever reads on.
-        part = connection.recv(1) if len(text) < WORD_BYTES else b""
+        part = connection.recv(1) if len(text) < LINE_BYTES else b""
         if not part:
             raise ValueError("no request")
         text += part
@@ -109,34 +132,63 @@ def round_trip_s(host: str, port: int, times: int = 5) -> float:
     return best_s
 
 
-def clock_offset_s(host: str, port: int) -> float:
-    """Their clock less ours, good to half a round trip."""
-    with _connect(host, port) as connection:
-        began_s = time.time()
-        connection.sendall(b"time\n")
-        theirs = float(_line(connection))
-        return theirs - (began_s + time.time()) / 2
+@dataclass(frozen=True)
+class Way:
+    """To an Answerer elsewhere."""
 
+    host: str
+    port: int
+    key: bytes
 
-def dials_back(host: str, port: int, own_port: int) -> bool:
-    """Can they reach a port of ours?"""
-    with _connect(host, port) as connection:
-        connection.settimeout(2 * DIAL_S)
-        connection.sendall(f"dial {own_port}\n".encode())
-        return _line(connection) == "yes"
+    def clock_offset_s(self) -> float:
+        """Their clock less ours, good to half a round trip."""
+        with self._ask("time") as connection:
+            began_s = time.time()
+            theirs = float(self._said(connection))
+            return theirs - (began_s + time.time()) / 2
 
+    def dials_back(self, own_port: int) -> bool:
+        """Can they reach a port of ours?"""
+        with self._ask(f"dial {own_port}") as connection:
+            connection.settimeout(2 * DIAL_S)
+            return self._said(connection) == "yes"
 
-def rate_bps(host: str, port: int, streams: int, give: bool, seconds: float) -> float:
-    """Bits a second over so many connections: from them (`give`) or to them."""
-    open_ = [_connect(host, port) for _ in range(streams)]
-    try:
-        for connection in open_:
-            connection.sendall(f"give {seconds + 1}\n".encode() if give else b"take\n")
-            connection.setblocking(False)
-        return 8 * _pump(open_, give, seconds) / seconds
-    finally:
-        for connection in open_:
+    def rate_bps(self, streams: int, give: bool, seconds: float) -> float:
+        """Bits a second over so many connections: from them (`give`) or to them."""
+        open_: list[socket.socket] = []
+        try:
+            for _ in range(streams):
+                open_.append(self._ask(f"give {seconds + 1}" if give else "take"))
+            for connection in open_:
+                connection.setblocking(False)
+            return 8 * _pump(open_, give, seconds) / seconds
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._refused() from None
+        finally:
+            for connection in open_:
+                connection.close()
+
+    def _ask(self, request: str) -> socket.socket:
+        connection = _connect(self.host, self.port)
+        try:
+            number = _line(connection)
+            connection.sendall(f"{request} {_proof(self.key, number, request)}\n".encode())
+        except (OSError, ValueError):
             connection.close()
+            raise self._refused() from None
+        return connection
+
+    def _said(self, connection: socket.socket) -> str:
+        try:
+            return _line(connection)
+        except (OSError, ValueError):
+            raise self._refused() from None
+
+    def _refused(self) -> RefusedError:
+        return RefusedError(
+            f"{self.host}:{self.port} does not answer us: no `decotrain doctor --answer` runs"
+            " there, or it was started with another token (--token-file on both)"
+        )
 
 
 def _pump(connections: Sequence[socket.socket], give: bool, seconds: float) -> int:
@@ -150,9 +202,11 @@ def _pump(connections: Sequence[socket.socket], give: bool, seconds: float) -> i
         for connection in connections:
             selector.register(connection, selectors.EVENT_READ if give else selectors.EVENT_WRITE)
         start_s = time.monotonic() + seconds / 5
-        while (now_s := time.monotonic()) < start_s + seconds:
+        while (now_s := time.monotonic()) < start_s + seconds and selector.get_map():
             for key, _ in selector.select(start_s + seconds - now_s):
                 count = move(key.fileobj)  # type: ignore[arg-type]
+                if not count:  # they have ended
+                    selector.unregister(key.fileobj)
                 moved += count if now_s >= start_s else 0
     return moved
 

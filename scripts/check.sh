@@ -2,7 +2,7 @@
 # The checks of source text, one name each: the only place that says how they are called.
 # scripts/test.sh, the pre-commit hooks and CI all come here.
 #
-#   scripts/check.sh format|lint|types|stub|cuda|arm|clang-tidy ...
+#   scripts/check.sh format|lint|types|stub|cuda|arm|clang-tidy|attacks ...
 #   scripts/check.sh fix          formats everything in place
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -71,13 +71,24 @@ check_arm() {  # the codecs' tests on an emulated 64-bit Arm
   rm -rf "$out"
 }
 
+check_attacks() {  # the tests of strangers against a core that the sanitizers watch
+  local core
+  core=$(find build/asan -maxdepth 1 -name '_core*.so' | head -n 1)
+  [ -n "$core" ] || fail "no _core in build/asan: cmake --preset asan && cmake --build --preset asan"
+  # Python itself is not built for it: no leaks are looked for, and what is freed is kept for a
+  # while only, since these tests look at memory.
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 \
+    DECOTRAIN_TEST_CORE="$PWD/$core" pytest -q tests/attacks
+}
+
 fix() {
   ruff format -q .
   ruff check -q --fix .
   cpp_files | xargs clang-format -i
 }
 
-[ $# -gt 0 ] || fail "say which: format, lint, types, stub, cuda, arm, clang-tidy or fix"
+[ $# -gt 0 ] || fail "say which: format, lint, types, stub, cuda, arm, clang-tidy, attacks or fix"
 for name in "$@"; do
   case $name in
     format) check_format ;;
@@ -87,6 +98,7 @@ for name in "$@"; do
     cuda) check_cuda ;;
     arm) check_arm ;;
     clang-tidy) check_clang_tidy ;;
+    attacks) check_attacks ;;
     fix) fix ;;
     *) fail "unknown check '$name'" ;;
   esac

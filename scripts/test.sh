@@ -23,6 +23,8 @@ for preset in asan tsan; do
   quietly cmake --build --preset "$preset" -j "$jobs"
   "build/$preset/dt_tests" --minimal
 done
+stage "check: attacks, under asan"
+scripts/check.sh attacks
 stage "check: clang-tidy"
 scripts/check.sh clang-tidy
 stage "fuzzers"

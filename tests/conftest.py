@@ -5,6 +5,7 @@ Nothing here depends on the order of tests or on how many run at once.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -18,6 +19,14 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+# Another build of the core, for example one with a sanitizer (scripts/check.sh attacks).
+if core := os.environ.get("DECOTRAIN_TEST_CORE"):
+    spec = importlib.util.spec_from_file_location("decotrain._core", core)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["decotrain._core"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["decotrain._core"])
 
 # Deadlines measure the machine, not the code. Under CI hypothesis' own profile applies (no random
 # choice between runs); elsewhere each run tries new examples.

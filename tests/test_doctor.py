@@ -14,45 +14,76 @@ import pytest
 from decotrain import doctor, probe
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
-from decotrain.errors import UnreachableError
+from decotrain.errors import ConfigError, RefusedError, UnreachableError
 
 HERE = "127.0.0.1"
+KEY = bytes(range(32))
 
 
 @pytest.fixture
 def answerer() -> Iterator[probe.Answerer]:
-    made = probe.Answerer(HERE, 0)
+    made = probe.Answerer(HERE, 0, KEY)
     yield made
     made.close()
 
 
-def test_the_way_to_a_machine_that_answers(answerer: probe.Answerer) -> None:
-    assert 0 < probe.round_trip_s(HERE, answerer.port) < 30
-    assert abs(probe.clock_offset_s(HERE, answerer.port)) < 30
+@pytest.fixture
+def way(answerer: probe.Answerer) -> probe.Way:
+    return probe.Way(HERE, answerer.port, KEY)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MEASURE_S", 0.05)
+
+
+def test_the_way_to_a_machine_that_answers(way: probe.Way) -> None:
+    assert 0 < probe.round_trip_s(HERE, way.port) < 30
+    assert abs(way.clock_offset_s()) < 30
     for give in (False, True):
         for streams in (1, 4):
-            assert probe.rate_bps(HERE, answerer.port, streams, give, 0.1) > 1e6
+            assert way.rate_bps(streams, give, 0.1) > 1e6
 
 
-def test_dialled_back_or_not(answerer: probe.Answerer) -> None:
-    other = probe.Answerer(HERE, 0)
+def test_dialled_back_or_not(way: probe.Way) -> None:
+    other = probe.Answerer("", 0, b"")  # on all interfaces, of both kinds
     try:
-        assert probe.dials_back(HERE, answerer.port, other.port)
+        assert way.dials_back(other.port)
     finally:
         other.close()
-    assert not probe.dials_back(HERE, answerer.port, other.port)
+    assert not way.dials_back(other.port)
 
 
-@pytest.mark.parametrize("request_", [b"nonsense\n", b"dial x\n", b"x" * 200, b"", b"give -1\n"])
-def test_a_stranger_gets_nothing_and_stops_nobody(
-    answerer: probe.Answerer, request_: bytes
-) -> None:
-    stranger = socket.create_connection((HERE, answerer.port), timeout=30)
+@pytest.mark.parametrize(
+    "request_",
+    [b"nonsense\n", b"time\n", b"take 00\n", b"time " + b"0" * 32 + b"\n", b"x" * 200, b"",
+     b"time \xff\n"],
+)  # fmt: skip
+def test_a_stranger_gets_a_number_and_stops_nobody(way: probe.Way, request_: bytes) -> None:
+    stranger = socket.create_connection((HERE, way.port), timeout=30)
     with stranger, suppress(OSError):  # it may have closed with our words unread
+        assert len(stranger.recv(33, socket.MSG_WAITALL)) == 33
         stranger.sendall(request_)
         stranger.shutdown(socket.SHUT_WR)
         assert stranger.recv(100) == b""
-    assert abs(probe.clock_offset_s(HERE, answerer.port)) < 30
+    assert abs(way.clock_offset_s()) < 30
+
+
+@pytest.mark.parametrize("key", [b"", bytes(32)], ids=["none", "another"])
+def test_who_has_not_the_token_measures_nothing(answerer: probe.Answerer, key: bytes) -> None:
+    way = probe.Way(HERE, answerer.port, key)
+    with pytest.raises(RefusedError, match="another token"):
+        way.clock_offset_s()
+    with pytest.raises(RefusedError, match="another token"):
+        way.dials_back(answerer.port)
+    with suppress(RefusedError):
+        assert way.rate_bps(1, True, 0.1) == 0
+
+
+def test_nobody_answers_all_the_world_by_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DECOTRAIN_INSECURE", raising=False)
+    with pytest.raises(ConfigError, match="--insecure"):
+        doctor.main(["--answer", "0"])
 
 
 def test_nobody_answers() -> None:
@@ -72,6 +103,9 @@ def test_findings_about_a_coordinator_and_its_peers(
         said = capsys.readouterr().out
         assert "run 'home', round trip" in said
         assert "ok clock" in said
+        assert "yes (it sees us at 127.0.0.1)" in said
+        assert "ok bandwidth from it: Mbit/s by number of streams: 1: " in said
+        assert "16: " in said.splitlines()[-2]
         peer: dict[str, Any] = {"name": "a", "dialled": True}
         open_, shut = f"tcp://{HERE}:{answerer.port}", f"tcp://{HERE}:1"
         known = {"run": "home", "wall_s": time.time() + 60, "peers": [

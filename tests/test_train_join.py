@@ -11,14 +11,14 @@ from decotrain.control import client
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.errors import ConfigError
-from decotrain.train.job import shared_by
+from decotrain.train.job import overruled, shared_by
 from tests.local_runs import running
 
 pytestmark = pytest.mark.timeout(300)  # many processes that import torch
 
 WHAT = ["model=tiny", "model.width=16", "model.hidden=24", "model.context=16", "model.layers=2",
         "batch=1", "steps=20", "outer.sync_every=5", "codec=int8"]  # fmt: skip
-HERE = ["peers=1", "data.path=text.txt", "held_out_windows=8", "final_windows=16",
+HERE = ["data.path=text.txt", "held_out_windows=8", "final_windows=16",
         "sample_bytes=20"]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_who_joins_by_address_trains_what_the_others_do(run_dir: Path) -> None:
             first.until(lambda: client.status(server.address)["config"], "what is trained")
             second = make("folder=second")  # an address, and nothing of the model
             first.end()
-            second.end()
+            said = second.end()
     finally:
         server.stop()
     kept = [next((run_dir / name).glob("*/config.json")) for name in ("first", "second")]
@@ -39,11 +39,45 @@ def test_who_joins_by_address_trains_what_the_others_do(run_dir: Path) -> None:
     assert configs[1]["model"]["width"] == 16
     assert configs[1]["codec"] == configs[0]["codec"]
     assert configs[1]["name"] == "ours"
+    assert [config["peers"] for config in configs] == [1, 1]  # a machine is one peer, if none says
+    assert "holds here" not in said
     ends = [
         [json.loads(line) for line in path.with_name("peer-1.jsonl").read_text().splitlines()][-1]
         for path in kept
     ]
     assert ends[0]["digest"] == ends[1]["digest"]
+
+
+def test_who_asks_for_something_else_is_told_what_holds() -> None:
+    asked = {
+        "name": "2026",
+        "model": {"width": 64, "layers": 2},
+        "outer": {"sync_every": 7},
+        "codec": {"contributions": "f32"},
+        "inner": {},
+        "steps": 900,
+        "batch": 8,
+        "seed": 1,
+    }
+    run = {
+        "name": "ours",
+        "model": {"width": 16, "layers": 2},
+        "outer": {"sync_every": 5},
+        "codec": {"contributions": "int8"},
+        "inner": {},
+        "steps": 20,
+        "batch": 1,
+        "seed": 1,
+    }
+    named = ["model=small", "outer.sync_every=7", "seed=1", "steps=20", "join=x"]
+    assert overruled(named, asked | {"steps": 20}, run) == [
+        "model.width=16 holds here, as the run has it, and not 64",
+        "outer.sync_every=5 holds here, as the run has it, and not 7",
+    ]
+    assert overruled(["name=mine"], asked | {"name": "mine"}, {"name": "ours"}) == [
+        "name=ours holds here, as the run has it, and not mine"
+    ]
+    assert overruled([], asked, run) == []
 
 
 def test_a_run_of_something_else_is_named(run_dir: Path) -> None:

@@ -70,6 +70,14 @@ def status(
     return answer.status
 
 
+def probe(
+    address: str, run: str, port: int, *, timeout_s: float = 15.0, token: Secret | None = None
+) -> m.Probe:
+    """Has the coordinator dial us back at a port, and open one where the way can be measured."""
+    answer: m.Probe = _ask(address, m.AskProbe(run, port), m.Probe, timeout_s, token)
+    return answer
+
+
 def kick(
     address: str,
     run: str,

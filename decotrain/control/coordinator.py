@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
+from decotrain import __version__
 from decotrain.control import messages as m
 from decotrain.control.change import Changes
 from decotrain.control.closed import answer_time, suspect_closed
@@ -21,6 +22,7 @@ from decotrain.control.record import BARRED_MAX, Record, RecordMember
 from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
 from decotrain.control.status import status
 
+ID_LETTERS_MIN = 6  # that name a peer for an operator
 STALL_S = 1.0  # between two steps: then it was we who slept, not the peers
 EVENTS_MAX = 256
 
@@ -120,6 +122,11 @@ class Coordinator:
 
     def _receive(self, event: Received, now: float) -> None:
         source, message = event.source, event.message
+        if isinstance(message, m.Foreign):
+            reason = f"the coordinator speaks protocol {m.PROTOCOL} (decotrain {__version__}), this"
+            reason += f" peer {message.protocol}: install the same version of decotrain on both"
+            self._refuse(source, message, reason, now)
+            return
         if event.key and event.key in self.record.barred:
             if hasattr(message, "peer") and source == identity(message.peer):
                 reason = "the key of this peer was taken away"
@@ -133,7 +140,7 @@ class Coordinator:
             reason += " of that run's coordinator, or give the other run name"
             if isinstance(message, m.Hello):
                 self._refuse(source, message, reason, now)
-            elif isinstance(message, m.AskStatus | m.Kick | m.Exited):
+            elif isinstance(message, m.AskStatus | m.AskProbe | m.Kick | m.Exited):
                 self.effects.append(Send(source, m.Done(False, reason)))
             return
         if isinstance(message, m.Exited):
@@ -239,11 +246,6 @@ class Coordinator:
         self.send(hello.peer, welcome)
 
     def _misfit(self, hello: m.Hello) -> str | None:
-        if hello.protocol != m.PROTOCOL:
-            return (
-                f"the coordinator speaks protocol {m.PROTOCOL}, this peer {hello.protocol}:"
-                " install the same version of decotrain on both"
-            )
         if hello.config is not None and self.record.config is not None:
             odd = config_misfit(self.record.config, hello.config)
             if odd is not None:
@@ -252,7 +254,7 @@ class Coordinator:
             return f"the run is full: {m.PEERS_MAX} peers"
         return None
 
-    def _refuse(self, source: bytes, hello: m.Hello, reason: str, now: float) -> None:
+    def _refuse(self, source: bytes, hello: m.Hello | m.Foreign, reason: str, now: float) -> None:
         self.log("refused", f"{hello.name}: {reason}", now)
         self.effects.append(Send(source, m.Refuse(hello.run, hello.peer, reason[:2048])))
 
@@ -342,7 +344,9 @@ class Coordinator:
         found = [
             peer
             for peer in sorted(self.known())
-            if peer == message.peer or (message.name and self.name(peer).startswith(message.name))
+            if peer == message.peer
+            or (message.name and self.name(peer).startswith(message.name))
+            or (len(message.name) >= ID_LETTERS_MIN and f"{peer:016x}".startswith(message.name))
         ]
         if len(found) == 1 and self.only_holder(found[0]):
             detail = "it is the only active peer, and others need its state"
@@ -359,7 +363,9 @@ class Coordinator:
                 self.gone.bar(self.origin(found[0]), reason)
                 self._bar_key(found[0])
             self.leave_out(found[0], kind, reason, now)
-        detail = self.name(found[0]) if len(found) == 1 else f"{len(found)} peers match"
+        names = ", ".join(self.name(peer) for peer in found[:4])
+        detail = f"{len(found)} peers match: {names}" if len(found) > 1 else names
+        detail = (detail or "nobody of that name or id is in the run")[:512]
         self.effects.append(Send(source, m.Done(len(found) == 1, detail)))
 
     def _bar_key(self, peer: int) -> None:

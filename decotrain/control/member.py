@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from decotrain import __version__
 from decotrain.control import messages as m
 from decotrain.control.measures import Measures
 
@@ -131,6 +132,7 @@ class Identity:
     name: str
     host: str = ""
     launch: str = ""
+    region: str = ""
     addresses: list[str] = field(default_factory=list)
     key: bytes = b""
     share: float = 1.0
@@ -379,6 +381,8 @@ class Member:
             name=me.name,
             host=me.host,
             launch=me.launch,
+            region=me.region,
+            version=__version__,
             addresses=me.addresses,
             key=me.key,
             share=me.share,

@@ -33,7 +33,7 @@ from decotrain.control.fields import (
 )
 from decotrain.errors import MessageError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MESSAGE_BYTES_MAX = 16 << 20  # a report names every chunk of every open round
 CONFIG_BYTES_MAX = 256 << 10
 FIGURES_MAX = 40
@@ -71,6 +71,8 @@ class Hello:
     name: Annotated[str, name]
     host: Annotated[str, text(256)]
     launch: Annotated[str, text(128)]  # who started us, equal for the process that replaces us
+    region: Annotated[str, text(64)]  # for people
+    version: Annotated[str, text(64)]  # of decotrain, for people; `protocol` is what has to fit
     addresses: Annotated[list[str], addresses]  # of its data plane
     key: Annotated[bytes, blob(0, 64)]  # its own; what the coordinator saw, whatever it says
     share: Annotated[float, number(0, 1e6)]
@@ -82,6 +84,17 @@ class Hello:
     view: Annotated[int, u64]  # installed; 0: none yet
     generation: Annotated[int, u32]
     members: Annotated[list[list[Any]], sequence(view_member, PEERS_MAX)]  # of that view
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What can be read of the hello of another version; whoever said it has to be told. It is never
+    sent, and no version may change these four fields or those of Refuse."""
+
+    run: Annotated[str, name]
+    protocol: Annotated[int, u32]
+    peer: Annotated[int, peer_id]
+    name: Annotated[str, name]
 
 
 @dataclass(frozen=True)
@@ -174,6 +187,14 @@ class AskStatus:
 
 
 @dataclass(frozen=True)
+class AskProbe:
+    """Dial me back at this port (0: do not), and let me measure the way to you."""
+
+    run: Annotated[str, text(128)]  # empty: whatever runs here
+    port: Annotated[int, integer(0, 65535)]
+
+
+@dataclass(frozen=True)
 class Welcome:
     run: Annotated[str, name]
     term: Annotated[int, u32]
@@ -247,6 +268,16 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Answers AskProbe; decotrain/probe.py says what is spoken at the port."""
+
+    port: Annotated[int, integer(1, 65535)]  # open for a minute
+    key: Annotated[bytes, blob(32, 32)]
+    dialled: Annotated[bool, boolean]
+    place: Annotated[str, text(64)]  # where we see you
+
+
+@dataclass(frozen=True)
 class Done:
     """Answers an operator's request."""
 
@@ -264,6 +295,8 @@ KINDS: dict[str, type[Any]] = {
     "exited": Exited,
     "kick": Kick,
     "ask_status": AskStatus,
+    "ask_probe": AskProbe,
+    "probe": Probe,
     "welcome": Welcome,
     "refuse": Refuse,
     "ask_hello": AskHello,
@@ -289,6 +322,9 @@ _CHECKS = {
 Message = Any  # one of KINDS
 
 
+_FOREIGN = record(run=name, protocol=u32, peer=peer_id, name=name)
+
+
 def encode(message: Message) -> bytes:
     """The bytes of a message. Our own messages pass the same checks as everybody's."""
     word = _NAMES[type(message)]
@@ -311,4 +347,7 @@ def decode(data: bytes) -> Message:
     word = content.pop("t", None)
     if type(word) is not str or word not in KINDS:
         raise MessageError(f"unknown message type {str(word)[:32]!r}")
+    if word == "hello" and content.get("protocol") != PROTOCOL:
+        known = {key: content.get(key) for key in ("run", "protocol", "peer", "name")}
+        return Foreign(**within("hello", _FOREIGN, known))
     return KINDS[word](**within(word, _CHECKS[word], content))

@@ -23,10 +23,11 @@ from decotrain.control.coordinator import Coordinator, Options
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.metrics_page import MetricsPage
 from decotrain.control.peer_list import PeerList
+from decotrain.control.probing import Probing
 from decotrain.control.record import Record, RecordFile
 from decotrain.control.status import prometheus, status
 from decotrain.control.token import Token
-from decotrain.control.transport import TAIL_BYTES, Gate, bind_router, check_trust
+from decotrain.control.transport import TAIL_BYTES, Gate, bind_router, check_trust, split_address
 from decotrain.errors import ConfigError, FileError, MessageError
 
 TICK_S = 0.05
@@ -75,6 +76,7 @@ class Server:
         self.coordinator = Coordinator(options, record)
         self.token, self.peer_list = token, peer_list
         self.routes: OrderedDict[bytes, bytes] = OrderedDict()
+        self.probing = Probing(split_address(self.address)[0])
         self.on_log = on_log
         self.page, self.page_s = page, 0.0
         self.stopping = threading.Event()
@@ -96,6 +98,9 @@ class Server:
                     self.gate.answer()
                 if self.socket in ready:
                     self._receive()
+                while self.probing.answers:
+                    to, answer = self.probing.answers.popleft()
+                    self._send(to, messages.encode(answer))
                 if time.monotonic() >= self._next_tick(tick_s):
                     tick_s = time.monotonic()
                     self._carry(self.coordinator.step(Tick(), tick_s))
@@ -103,6 +108,7 @@ class Server:
                     self.page_s = tick_s + PAGE_S
                     self.page.text = prometheus(status(self.coordinator, tick_s))
         finally:
+            self.probing.close()
             self.socket.close()
             if self.gate is not None:
                 self.gate.close()
@@ -135,7 +141,18 @@ class Server:
                 logger.debug("dropped a message: %s", error)
                 continue
             event = Received(source, message, key)
+            if self._probes(event, parts[1]):
+                continue
             self._carry(self.coordinator.step(event, time.monotonic()))
+
+    def _probes(self, event: Received, frame: zmq.Frame) -> bool:
+        """Is it a doctor of this run? The coordinator itself has no business with it."""
+        asked, record = event.message, self.coordinator.record
+        if not isinstance(asked, messages.AskProbe) or asked.run not in ("", record.run):
+            return False
+        if event.key not in record.barred:
+            self.probing.ask(event.source, str(frame.get("Peer-Address")), asked.port)
+        return True
 
     def _knows(self, key: bytes) -> bool:
         """May who shows this key of its own talk to us?"""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from decotrain.control.coordinator import Coordinator
+    from decotrain.control.roster import Peer
 
 
 def status(c: Coordinator, now: float, events_after: int = 0) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def _row(c: Coordinator, key: int, now: float) -> dict[str, Any]:
         "peer": f"{key:016x}",
         "name": peer.hello.name if peer else member.name if member else "",
         "host": c.origin(key)[0],
+        "region": peer.hello.region if peer else "",
+        "version": peer.hello.version if peer else "",
         "addresses": peer.hello.addresses if peer else [],
         "slot": member.slot if member else None,
         "role": "joining" if not member else "active" if member.active else "observing",
@@ -53,6 +56,7 @@ def _row(c: Coordinator, key: int, now: float) -> dict[str, Any]:
         "dialled": bool(peer and peer.measures.share > 0),  # false: nobody can dial it
         "links": [_link(*link) for link in peer.measures.links] if peer else [],
         "held_up_s": held_up_s(c, key),
+        "waited_s": _waited_s(peer) if peer else [],  # for whom alone
         "figures": dict(peer.figures) if peer else {},
     }
     if key in c.out:
@@ -64,6 +68,10 @@ def _link(peer: int, out_bps: int, in_bps: int, rtt_s: float, unix: bool) -> dic
     return {
         "peer": f"{peer:016x}", "out_bps": out_bps, "in_bps": in_bps, "rtt_s": rtt_s, "unix": unix,
     }  # fmt: skip
+
+
+def _waited_s(peer: Peer) -> list[list[Any]]:
+    return [[f"{slow:016x}", seconds] for slow, seconds in peer.measures.held_up]
 
 
 def held_up_s(c: Coordinator, key: int) -> float:

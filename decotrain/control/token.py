@@ -75,16 +75,21 @@ class Token:
         pair = low.to_bytes(8, "big") + high.to_bytes(8, "big")
         return hashlib.blake2b(pair, key=self.derive("data tls pair", run), digest_size=32).digest()
 
+    @property
+    def mark(self) -> bytes:
+        """What all who are let in have in common, peers with keys of their own too."""
+        return self.derive("fingerprint")
+
     def fingerprint(self, run: str) -> int:
         """What peers of one run have in common; says nothing about the token."""
-        return _fingerprint(self.derive("fingerprint"), run)
+        return _fingerprint(self.mark, run)
 
     def peer_key(self) -> PeerKey:
         """A new key for one peer."""
         from zmq.utils import z85
 
         server: bytes = z85.decode(self.server_public)
-        return PeerKey(secrets.token_bytes(SECRET_BYTES), server, self.derive("fingerprint"))
+        return PeerKey(secrets.token_bytes(SECRET_BYTES), server, self.mark)
 
     def record_mark(self) -> bytes:
         """Tells the coordinator's record whether it was made with this token."""
@@ -97,7 +102,7 @@ class PeerKey:
 
     secret: bytes = field(repr=False)  # of CURVE
     server: bytes = field(repr=False)  # public key of the coordinator, raw
-    mark: bytes = field(repr=False)  # what the fingerprint of a run follows from
+    mark: bytes = field(repr=False)  # what all have in common; the fingerprint of a run follows
 
     @property
     def text(self) -> str:
@@ -197,6 +202,13 @@ def find(path: str | Path | None = None) -> Secret | None:
 def place(path: str | Path | None = None) -> str | Path | None:
     """The file that `find` reads."""
     return path or os.environ.get(VARIABLE)
+
+
+def probe_key(token: Secret | None) -> bytes:
+    """What two doctors show each other; empty without a token."""
+    if token is None:
+        return b""
+    return hashlib.blake2b(b"probe", key=token.mark, digest_size=32).digest()
 
 
 def whole(token: Secret | None, path: str | Path | None = None) -> Token | None:

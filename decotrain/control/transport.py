@@ -29,6 +29,7 @@ FAILURES_MAX = 3  # handshakes in a row, before it is no accident
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"  # ZMTP 3.1, as far as the other side waits for it
 GREETING_BYTES = 64
 PROBE_S = 2.0
+ZMQ_MIN = (4, 3, 5)  # older ones have known holes before authentication
 TAIL_BYTES = 16  # of a peer's routing id: random, known to it and the coordinator
 
 
@@ -210,6 +211,11 @@ def _greeting_of(address: str) -> bytes | None:
 
 
 def _guard(socket: zmq.Socket[Any]) -> None:
+    if zmq.zmq_version_info() < ZMQ_MIN:
+        raise ConfigError(
+            f"libzmq {zmq.zmq_version()} is too old: install pyzmq's wheel, which brings a newer"
+            " one, with `pip install --force-reinstall --only-binary :all: pyzmq`"
+        )
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX + 4096)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)

@@ -5,7 +5,7 @@ Starts no process by itself; what needs torch is imported where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ class FinetuneJob:
         self.join = settings.join or ""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> FinetuneJob:
-        """ConfigError names the first key that is wrong."""
+    def of(cls, config: Mapping[str, Any], named: Sequence[str] = ()) -> FinetuneJob:
+        """ConfigError names the first key that is wrong. `named` changes nothing: who joins with
+        another configuration is refused by the coordinator, with both values."""
         return cls(parse(config))
 
     def prepare(self) -> None:

@@ -36,6 +36,7 @@ class Options:
     join: str | None  # address of the coordinator; None: standalone
     run: str
     name: str | None
+    region: str | None
     token_file: str | None
     listen: str | None
     advertise: str | None
@@ -58,6 +59,7 @@ class Options:
         values = {
             "DECOTRAIN_RUN": self.run,
             "DECOTRAIN_NAME": self.name,
+            "DECOTRAIN_REGION": self.region,
             "DECOTRAIN_TOKEN_FILE": self.token_file,
             "DECOTRAIN_LISTEN": self.listen,
             "DECOTRAIN_ADVERTISE": self.advertise,
@@ -79,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", default=os.environ.get("DECOTRAIN_RUN", "default"), help="name of the run")
     add("--name", default=os.environ.get("DECOTRAIN_NAME"),
         help="of this peer, for people; default: host name and process id")  # fmt: skip
+    add("--region", default=os.environ.get("DECOTRAIN_REGION"),
+        help="where this machine is, for people: shown by status")  # fmt: skip
     add("--token-file", default=os.environ.get("DECOTRAIN_TOKEN_FILE"), metavar="FILE",
         help="the run's token")  # fmt: skip
     add("--insecure", action="store_true",
@@ -135,6 +139,7 @@ def parse(words: Sequence[str]) -> Options:
         join=join,
         run=asked.run,
         name=asked.name,
+        region=asked.region,
         token_file=asked.token_file,
         listen=asked.listen,
         advertise=asked.advertise,

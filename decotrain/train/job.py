@@ -6,7 +6,8 @@ Trains nothing and starts no process by itself; torch is imported when the run h
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,26 @@ def shared_by(address: str) -> dict[str, Any]:
     return {"name": known["run"], **{key: shared[key] for key in SHARED}}
 
 
+def overruled(named: Sequence[str], asked: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """What somebody who joins has asked for and does not get: a line for each key, with both
+    values. `named`: the overrides of the command line; the rest is nobody's wish."""
+    keys = {word.partition("=")[0].lstrip("+~").partition("@")[0] for word in named}
+    lines, holds = [], dict(_flat(run))
+    for key, value in _flat({key: asked[key] for key in ("name", *SHARED)}):
+        wanted = key in keys or any(key.startswith(f"{group}.") for group in keys)
+        if wanted and holds.get(key, value) != value:
+            lines.append(f"{key}={holds[key]} holds here, as the run has it, and not {value}")
+    return lines
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 class TrainJob:
     """Peers pre-train one model on a text."""
 
@@ -50,10 +71,15 @@ class TrainJob:
         self.join = settings.join or ""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> TrainJob:
+    def of(cls, config: Mapping[str, Any], named: Sequence[str] = ()) -> TrainJob:
         """ConfigError names the first key that is wrong."""
         join = config.get("join")
-        return cls(parse({**config, **shared_by(str(join))} if join else config))
+        if not join:
+            return cls(parse(config))
+        run = shared_by(str(join))
+        for line in overruled(named, config, run):
+            print(f"decotrain: {line}", file=sys.stderr)
+        return cls(parse({**config, **run}))
 
     def prepare(self) -> None:
         self.corpus: Corpus = open_corpus(self.settings.data.path, self.settings.model.context)

@@ -327,7 +327,7 @@ def test_misfits_are_refused_with_both_values() -> None:
 def test_another_protocol_version_is_refused_naming_both() -> None:
     world = World()
     member = Member(Identity(run="default", peer=9, name="old"), random.Random(0))
-    hello = replace(member._hello(), protocol=77)
+    hello = m.decode(m.encode(replace(member._hello(), protocol=77)))
     from decotrain.control.effects import Received, identity
 
     assert world.coordinator is not None

@@ -13,7 +13,8 @@ from decotrain.errors import MessageError
 from tests.control.fakes import empty_report
 
 HELLO = {
-    "t": "hello", "run": "r", "protocol": 1, "peer": 5, "name": "n", "host": "h", "launch": "",
+    "t": "hello", "run": "r", "protocol": m.PROTOCOL, "peer": 5, "name": "n", "host": "h",
+    "launch": "", "region": "", "version": "1",
     "addresses": ["tcp://1.2.3.4:5"], "key": b"", "share": 1.0, "config": {"a": [1, {"b": 2.5}]},
     "min_peers": 0, "ready": True, "void": False, "term": 0, "view": 0, "generation": 0,
     "members": [[7, 0, True]],
@@ -45,6 +46,11 @@ def test_a_message_survives_the_wire() -> None:
     assert isinstance(message, m.Hello)
     assert m.decode(m.encode(message)) == message
     assert m.decode(report_with()).report["rounds"][0]["owner"] == b"\0\xff"
+
+
+def test_a_hello_of_another_version_says_who_and_which() -> None:
+    theirs = {"t": "hello", "run": "r", "protocol": 77, "peer": 5, "name": "n", "news": [1, 2]}
+    assert m.decode(msgpack.packb(theirs)) == m.Foreign("r", 77, 5, "n")
 
 
 @pytest.mark.parametrize(

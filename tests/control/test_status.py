@@ -15,6 +15,7 @@ from decotrain.operate import lines_of
 
 PEER: dict[str, Any] = {
     "peer": "00000000000000aa", "name": 'a "b"', "host": "h", "addresses": [], "slot": 0,
+    "region": "oslo", "version": "0.9", "waited_s": [["00000000000000bb", 3.5]],
     "role": "active", "state": "here", "share": 1.5, "silent_s": 0.25, "installed": True,
     "links_down": ["00000000000000bb"], "uplink_bps": 2e7, "dialled": False, "held_up_s": 12.0,
     "links": [
@@ -26,7 +27,8 @@ KNOWN: dict[str, Any] = {
     "run": "r", "config": None, "generation": 0, "term": 5, "epoch": 2, "phase": "steady",
     "waiting_for": 0, "routes": [], "events": [{"n": 1, "at_s": 0, "kind": "view", "text": "x"}],
     "peers": [PEER, PEER | {"peer": "00000000000000bb", "name": "b", "role": "observing",
-                            "silent_s": None, "state": "away", "held_up_s": 0.0}],
+                            "silent_s": None, "state": "away", "held_up_s": 0.0, "waited_s": [],
+                            "version": "1.0", "figures": {"last_round": "0/4"}}],
 }  # fmt: skip
 
 
@@ -34,7 +36,9 @@ def test_a_screen_says_who_slows_whom() -> None:
     text = "\n".join(lines_of(KNOWN, "h:1"))
     parts = ["run r at h:1", "view 5.2", "1 of 2 peers active", "0/7", "loss=2.5", "20 Mb/s"]
     parts += ["20.0 ms", "broken", "dials out only", 'waited 12.0 s for a "b" alone', "away"]
+    parts += ["oslo", "decotrain 0.9, 1.0", 'a "b" waited 3.5 s for b', "00000000 h"]
     assert [part for part in parts if part not in text] == []
+    assert [line.split()[6:8] for line in text.splitlines() if " 0/4 " in line] == [["0/4", "3"]]
 
 
 def test_prometheus_text() -> None:
