@@ -33,6 +33,7 @@ from decotrain.errors import MessageError
 TICK_S = 0.05
 DOUBTS = ("diverged", "late_done", "refused", "spec_mismatch")
 AGAIN_S = 0.2  # before an evicted peer comes back
+ABSENT_S = 5.0  # before somebody is told that there is no coordinator
 
 logger = logging.getLogger("decotrain.peer")
 
@@ -107,6 +108,8 @@ class Agent:
         self.stopping = False
         self.ready = False
         self.again_s: float | None = None
+        self.absent_s: float | None = None  # since when the coordinator is not there
+        self.missed = False  # and somebody was told
         self._incarnate(who)
         self.thread = threading.Thread(target=self._run, name="decotrain-control", daemon=True)
         self.thread.start()
@@ -198,8 +201,32 @@ class Agent:
         elif self.handshakes.stuck:
             self._disconnect()
             self._connect()
+        self._watch_coordinator(now)
         if self.again_s is not None and time.monotonic() >= self.again_s:
             self._come_back()
+
+    def _watch_coordinator(self, now: float) -> None:
+        """Says once that the coordinator is not there, and once that it is back."""
+        place = self.address.removeprefix("tcp://")
+        if self.handshakes.connected:
+            if self.missed:
+                logger.warning("the coordinator at %s is there", place)
+            self.absent_s, self.missed = None, False
+        elif self.absent_s is None:
+            self.absent_s = now
+        elif now - self.absent_s > ABSENT_S and not self.missed:
+            self.missed = True
+            if self.shared.view:
+                text = (
+                    "the coordinator at %s has gone: rounds go on, joins and failures wait until it"
+                    " is started again with its record; it is dialled for ever"
+                )
+            else:
+                text = (
+                    "no coordinator answers at %s yet: check the address, that it runs, and that"
+                    " the port is open; it is dialled for ever"
+                )
+            logger.warning(text, place)
 
     def _drain_wake(self) -> None:
         with suppress(BlockingIOError):

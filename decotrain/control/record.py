@@ -159,8 +159,8 @@ class RecordFile:
             _sync_folder(self.folder)
         except OSError as error:
             raise FileError(
-                f"cannot write the record {self.path}: {error.strerror}. The run goes on without"
-                " membership changes until it can; free some space or fix the folder"
+                f"cannot write the record {self.path}: {error.strerror}; free some space, or name a"
+                " folder that can be written (--record)"
             ) from None
 
 

@@ -33,6 +33,7 @@ from decotrain.errors import ConfigError, FileError, MessageError
 TICK_S = 0.05
 DUE_TICK_S = 0.005  # at most so often, while a change of view is due
 PERSIST_RETRY_S = 1.0
+PERSIST_SAY = 30  # tries, between two lines about them
 PAGE_S = 1.0  # between two states of the metrics page
 PEER_ROUTE_BYTES = len(identity(0)) + TAIL_BYTES
 ROUTES_MAX = 4096
@@ -61,6 +62,9 @@ class Server:
         self.file = RecordFile(folder) if folder is not None else None
         record = self.file.load() if self.file is not None else None
         _check_record(record, options)
+        if self.file is not None:  # a full disk is found now, when nobody waits for us yet
+            fresh = Record(run=options.run, config=options.config, token=options.token)
+            self.file.save(record or fresh)
         self.context: zmq.Context[Any] = zmq.Context()
         self.gate: Gate | None = None
         try:
@@ -198,12 +202,16 @@ class Server:
 
     def _persist(self, record: Record) -> None:
         """Nothing that depends on a record leaves before it is durable, so a full disk waits."""
+        tries = 0
         while self.file is not None:
             try:
                 self.file.save(record)
                 return
             except FileError as error:
-                logger.error("%s", error)
+                if tries % PERSIST_SAY == 0:
+                    text = "%s. The run goes on without changes of membership until it can be done"
+                    logger.error(text, error)
+                tries += 1
                 if self.stopping.wait(PERSIST_RETRY_S):
                     return
 

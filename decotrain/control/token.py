@@ -163,9 +163,15 @@ def write(token: Secret, path: str | Path) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot write the token file {path}: {error.strerror}") from None
-    with open(descriptor, "w", encoding="ascii") as file:
-        os.fchmod(descriptor, 0o600)  # whatever the umask says
-        file.write(token.text + "\n")
+    try:
+        with open(descriptor, "w", encoding="ascii") as file:
+            os.fchmod(descriptor, 0o600)  # whatever the umask says
+            file.write(token.text + "\n")
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        raise ConfigError(
+            f"cannot write the token file {path}: {error.strerror}; make room there"
+        ) from None
 
 
 def read(path: str | Path) -> Secret:

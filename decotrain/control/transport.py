@@ -129,6 +129,7 @@ class Handshakes:
         | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_DISCONNECTED
     )
 
     def __init__(self, socket: zmq.Socket[Any], address: str, token: Secret | None) -> None:
@@ -137,6 +138,7 @@ class Handshakes:
         self.monitor: zmq.Socket[Any] = socket.get_monitor_socket(self.EVENTS)
         self.failures = 0
         self.accepted = False  # once: then it is ours, whatever happens later
+        self.connected = False
         self.stuck = False  # libzmq dials no more after what it calls a breach of the protocol
         self.wrong: str | None = None  # why nobody there talks to us
 
@@ -148,12 +150,14 @@ class Handshakes:
                 event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
             except zmq.Again:
                 return self.wrong
-            if int(event["event"]) == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.accepted = True
+            kind = int(event["event"])
+            if kind in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+                self.connected = kind == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                self.accepted = self.accepted or self.connected
                 continue
             self.failures += 1
-            self.stuck = int(event["event"]) == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            denied = int(event["event"]) == zmq.EVENT_HANDSHAKE_FAILED_AUTH  # a word, no accident
+            self.stuck = kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            denied = kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH  # a word, no accident
             if (self.stuck or denied or self.failures == FAILURES_MAX) and not self.accepted:
                 self.wrong = self._why()
 
@@ -267,7 +271,11 @@ def bind_router(
                 f"port {port} of {host} is in use: another coordinator may run there;"
                 " stop it or listen on another port"
             ) from None
-        raise ConfigError(f"cannot listen on {address}: {error}") from None
+        why = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {address}: {why.partition(' (addr=')[0]}; name an address of this"
+            " machine (`ip address` lists them), or 0.0.0.0 for all of them"
+        ) from None
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
