@@ -20,12 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from decotrain import __version__, probe
 from decotrain.control import client
 from decotrain.control.token import Secret, find, probe_key
-from decotrain.control.transport import ZMQ_MIN, check_trust, split_address
+from decotrain.control.transport import check_trust, libzmq, split_address
 
 DESCRIPTORS_MIN = 4096
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
@@ -37,7 +35,6 @@ RTT_LONG_S = 0.3
 STREAMS = (1, 2, 4, 8, 16)
 MEASURE_S = 1.0
 PEER_DIALS_MAX = 64
-ZMQ = zmq.zmq_version_info()
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,7 @@ def _all(asked: argparse.Namespace) -> Iterator[Finding]:
 def versions() -> Iterator[Finding]:
     """What is installed here. Imports none of it: a broken torch is to be found, not to be hit."""
     yield Finding("decotrain", f"{__version__}, Python {platform.python_version()}")
-    old = "pip install --force-reinstall --only-binary :all: pyzmq" if ZMQ < ZMQ_MIN else ""
-    yield Finding("libzmq", ".".join(map(str, ZMQ)), old)
+    yield Finding("libzmq", *libzmq())
     try:
         torch = version("torch")
         yield Finding("torch", torch)

@@ -74,7 +74,7 @@ check_arm() {  # the codecs' tests on an emulated 64-bit Arm
 check_attacks() {  # the tests of strangers against a core that the sanitizers watch
   local core
   core=$(find build/asan -maxdepth 1 -name '_core*.so' | head -n 1)
-  [ -n "$core" ] || fail "no _core in build/asan: cmake --preset asan && cmake --build --preset asan"
+  [ -n "$core" ] || fail "no _core in build/asan: cmake --preset asan; cmake --build --preset asan"
   # Python itself is not built for it: no leaks are looked for, and what is freed is kept for a
   # while only, since these tests look at memory.
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \

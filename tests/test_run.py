@@ -35,10 +35,10 @@ comm.members
 print("in", comm.peer, flush=True)
 """
 ROUNDS = """
-import numpy
-while True:
+import numpy, sys
+while True:  # a round for each line that it is given, and at the end of them all one after another
     comm.all_reduce(numpy.ones(4, numpy.float32)).wait()
-    time.sleep(0.05)
+    sys.stdin.readline()
 """
 
 
@@ -56,8 +56,8 @@ class Started:
         (folder / "script.py").write_text(code)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "decotrain.cli", "run", *options, "script.py", *arguments],
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         )  # fmt: skip
 
     def line(self, beginning: str) -> str:
@@ -135,7 +135,7 @@ def test_a_killed_peer_is_left_out_at_once_and_given_up_after_its_restarts(run_d
     token = Token.new()
     write(token, run_dir / "token")
     coordinator = ServerThread(Options(run="test", min_peers=1), token=token)
-    code = "import os\n" + JOIN + "print('pid', os.getpid(), flush=True)\nimport time\n" + ROUNDS
+    code = "import os\n" + JOIN + "print('pid', os.getpid(), flush=True)\n" + ROUNDS
     options = ["--join", coordinator.address, "--run", "test", "--max-restarts", "0"]
     try:
         with Started(run_dir, code, *options, "--token-file", "token") as started:
@@ -154,7 +154,7 @@ def test_a_signal_is_forwarded_and_the_peer_leaves_in_order(
     run_dir: Path, coordinator: ServerThread, number: signal.Signals
 ) -> None:
     options = ("--join", coordinator.address, "--run", "test")
-    with Started(run_dir, "import time\n" + JOIN + ROUNDS, *options) as started:
+    with Started(run_dir, JOIN + ROUNDS, *options) as started:
         started.line("in ")
         until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
         started.process.send_signal(number)
@@ -170,7 +170,7 @@ def test_who_is_left_out_is_not_started_again(
     run_dir: Path, coordinator: ServerThread, command: str, code: int
 ) -> None:
     options = ("--join", coordinator.address, "--run", "test", "--name", "here")
-    with Started(run_dir, "import time\n" + JOIN + ROUNDS, *options) as started:
+    with Started(run_dir, JOIN + ROUNDS, *options) as started:
         started.line("in ")
         until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
         done = subprocess.run(

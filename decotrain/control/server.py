@@ -172,9 +172,12 @@ class Server:
         if len(route) != PEER_ROUTE_BYTES:
             raise MessageError("the name of a peer without its tail")
         who = route[:-TAIL_BYTES]
-        owner = self.coordinator.key_of(int.from_bytes(who[1:], "big"))
+        peer = int.from_bytes(who[1:], "big")
+        owner = self.coordinator.key_of(peer)
         if owner is not None and owner != key:
             raise MessageError("the name of a peer that has another key")
+        if self.coordinator.gone.get(peer) is not None:
+            self.routes[who] = route  # nothing more is meant for it than that it is gone
         if self.routes.setdefault(who, route) != route:
             raise MessageError("the name of a peer that is here already")
         self.routes.move_to_end(who)

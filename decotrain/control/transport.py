@@ -214,12 +214,17 @@ def _greeting_of(address: str) -> bytes | None:
     return greeting[12:32].rstrip(b"\0") if greeting[:1] == b"\xff" else b""
 
 
+def libzmq() -> tuple[str, str]:
+    """Its version, and what to do about it; empty: it will do."""
+    old = zmq.zmq_version_info() < ZMQ_MIN
+    wheel = "`pip install --force-reinstall --only-binary :all: pyzmq` brings a newer one"
+    return zmq.zmq_version(), wheel if old else ""
+
+
 def _guard(socket: zmq.Socket[Any]) -> None:
-    if zmq.zmq_version_info() < ZMQ_MIN:
-        raise ConfigError(
-            f"libzmq {zmq.zmq_version()} is too old: install pyzmq's wheel, which brings a newer"
-            " one, with `pip install --force-reinstall --only-binary :all: pyzmq`"
-        )
+    found, remedy = libzmq()
+    if remedy:
+        raise ConfigError(f"libzmq {found} is too old: {remedy}")
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX + 4096)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)

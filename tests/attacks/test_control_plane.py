@@ -233,9 +233,11 @@ def test_without_the_token_nobody_can_ask_or_kick(coordinator: ServerThread) -> 
         until(lambda: len(a.shared.members) == 1)
         for token in (None, Token(bytes(32))):
             with pytest.raises(RefusedError):
-                client.kick(coordinator.address, MARK, "a", token=token)
+                client.kick(coordinator.address, MARK, "a", timeout_s=30.0, token=token)
             with pytest.raises(RefusedError):
-                client.exited(coordinator.address, MARK, peer=a.shared.peer, token=token)
+                client.exited(
+                    coordinator.address, MARK, peer=a.shared.peer, timeout_s=30.0, token=token
+                )
         assert a.shared.over is None
         assert len(a.shared.members) == 1
     finally:
