@@ -226,5 +226,7 @@ def path(way: probe.Way, own_port: int) -> Iterator[Finding]:
 def bandwidth(way: probe.Way) -> Iterator[Finding]:
     for give, name in ((False, "bandwidth to it"), (True, "bandwidth from it")):
         rates = [way.rate_bps(count, give, MEASURE_S) for count in STREAMS]
-        shown = ", ".join(f"{n}: {r / 1e6:.4g}" for n, r in zip(STREAMS, rates, strict=True))
+        shown = ", ".join(
+            f"{n}: {r / 1e6:.{0 if r > 1e8 else 1}f}" for n, r in zip(STREAMS, rates, strict=True)
+        )
         yield Finding(name, f"Mbit/s by number of streams: {shown}")
