@@ -31,6 +31,11 @@ SUITES = {
     "coordinator-down": ("bench.coordinator_down", "rounds while the coordinator is away"),
     "wan-spsa": ("bench.wan.spsa", "SPSA's exchange over each profile: steps a second, bytes"),
     "wan-links": ("bench.wan.links", "the lab itself: RTT and TCP goodput of each profile"),
+    "wan-utilisation": (
+        "bench.wan.utilisation",
+        "how busy peers stay at 20 and 100 Mbit/s, against the plan's closed form",
+    ),
+    "wan-home": ("bench.wan.home", "8 homes, 10 M parameters: streaming with 4 bits against ddp"),
     "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
     "wan-codecs": (
         "bench.wan.codecs",
