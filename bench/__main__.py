@@ -36,6 +36,10 @@ SUITES = {
         "how busy peers stay at 20 and 100 Mbit/s, against the plan's closed form",
     ),
     "wan-home": ("bench.wan.home", "8 homes, 10 M parameters: streaming with 4 bits against ddp"),
+    "wan-churn": (
+        "bench.wan.churn",
+        "an hour of churn in ten minutes over flaky links: violations",
+    ),
     "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
     "wan-codecs": (
         "bench.wan.codecs",

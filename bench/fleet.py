@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -194,6 +195,7 @@ class Fleet:
         self.closing = False
         self.count = 0
         self.lab = lab
+        self.housed: dict[int, Peer] = {}  # site -> who lives there, or did last
         self.address = "127.0.0.1:0" if lab is None else f"{lab.address(0)}:0"
         self.team: list[Peer] = []
         self.start_coordinator()
@@ -218,10 +220,18 @@ class Fleet:
         self.address = line.split()[-1]
 
     def next_site(self) -> tuple[str, str] | None:
-        """Where the next peer lives: its namespace and address."""
+        """Where the next peer lives: namespace and address of a site where nobody does."""
         if self.lab is None:
             return None
-        return self.lab.namespace(self.count + 1), self.lab.address(self.count + 1)
+        site = self.free_site()
+        return self.lab.namespace(site), self.lab.address(site)
+
+    def free_site(self) -> int:
+        return next(
+            n
+            for n in itertools.count(1)
+            if n not in self.housed or not self.housed[n].process.is_alive()
+        )
 
     def kill_coordinator(self) -> None:
         self.coordinator.kill()
@@ -238,7 +248,8 @@ class Fleet:
 
     def launch(self) -> Peer:
         """A new peer's process; its first answer comes when it has joined."""
-        peer = Peer(self, f"p{self.count}")
+        site = self.free_site()
+        peer = self.housed[site] = Peer(self, f"p{self.count}")
         self.count += 1
         self.team.append(peer)
         return peer

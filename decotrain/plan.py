@@ -7,8 +7,9 @@ peer's link each way; what takes longer than the computing it is hidden behind i
 
     decotrain plan params=1e9 peers=8 bandwidth=1Gbit/s rtt=80ms step_time=0.8s
 
-The suites `wan-utilisation` and `wan-home` measure the same over limited links. It knows neither the
-machine nor the run: links are symmetric and lossless, encoding is free, and what an optimizer costs in loss is the order of `CHOICES`, taken from the literature. No torch.
+The suites `wan-utilisation` and `wan-home` measure the same over limited links. It knows neither
+the machine nor the run: links are symmetric and lossless, encoding is free, and what an optimizer
+costs in loss is the order of `choices`, taken from the literature. No torch.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +27,9 @@ sys.path.insert(0, str(ROOT))
 from bench.fleet import Fleet, Peer  # noqa: E402
 from tests.chaos_peer import live, nothing  # noqa: E402
 from tests.sim.checker import Checker, Violation  # noqa: E402
+
+if TYPE_CHECKING:
+    from bench.wan.lab import Lab
 
 HEAL_S = 90.0  # within which everybody that lives must have made progress
 ROUNDS_AFTER = 3
@@ -44,12 +47,13 @@ class Storm:
         mean_s: float,
         elders: int = 0,  # so many peers are neither killed nor told to leave
         coordinator_s: float = 0.0,  # it is killed so often, and not by chance; 0: by chance
+        lab: Lab | None = None,  # everybody at a site of their own, the coordinator at site 0
     ) -> None:
         self.dice = random.Random(seed)
         self.coordinator_s, self.elders = coordinator_s, elders
         self.faults = {k: n for k, n in FAULTS.items() if k != "coordinator" or not coordinator_s}
         self.folder, self.peers, self.elements, self.mean_s = folder, peers, elements, mean_s
-        self.fleet = Fleet(peers, record=folder / "record")
+        self.fleet = Fleet(peers, reports=lab is None, record=folder / "record", lab=lab)
         self.later: list[tuple[float, Any]] = []  # (when, what to do)
         self.stopped: set[Peer] = set()
         self.leaving: list[Peer] = []

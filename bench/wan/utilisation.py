@@ -1,9 +1,9 @@
 """How busy trainers stay on limited links, by outer optimizer: measured, and what the plan says.
 
-Peers whose steps sleep (bench/wan/sleeper.py) train over the lab's links with real outer optimizers,
-codecs and rounds. `measured_percent` is the time that the steps should take over the time they
-took, mean over peers; so it also counts what this machine's two or three cores cannot do at once
-for all of them. `predicted_percent` is the closed form of `decotrain plan` on the same figures.
+Peers whose steps sleep (bench/wan/sleeper.py) train over the lab's links with real outer
+optimizers, codecs and rounds. `measured_percent` is the time that the steps should take over the
+time they took, mean over peers; so it also counts what one machine cannot do at once for all.
+`predicted_percent` is the closed form of `decotrain plan` on the same figures.
 `waited_percent` is the trainers' own account, from their time inside rounds. `cpu_cores` is what
 all peers together used. The window begins and ends with a round, after two rounds without account.
 
@@ -39,6 +39,7 @@ class Case:
     fragments: int = 1
     overlap: int = 1  # of streaming
     rounds: int = 2  # of all parameters, in the window
+    warm: int = 2  # such rounds before it
 
     @property
     def name(self) -> str:
@@ -58,15 +59,6 @@ class Case:
     def choice(self) -> Choice:
         known = {c.preset: c for c in choices(self.sync_every, self.fragments, self.overlap)}
         return replace(known[self.preset], codec=self.codec)
-
-    @property
-    def warm(self) -> int:
-        """Steps until rounds are as they will always be."""
-        return 2 * self.sync_every
-
-    @property
-    def steps(self) -> int:
-        return self.rounds * self.sync_every
 
 
 # Periods at which the presets differ most on these links.
@@ -132,7 +124,8 @@ def measure(crew: Crew, case: Case, links: Links, bandwidth: str, seed: int) -> 
     """Metrics of one case; `bandwidth` is for the log."""
     task = {
         "outer": case.preset, "options": case.options(), "parameters": int(links.parameters),
-        "layers": LAYERS, "step_s": links.step_s, "warm": case.warm, "steps": case.steps,
+        "layers": LAYERS, "step_s": links.step_s, "warm": case.warm * case.sync_every,
+        "steps": case.rounds * case.sync_every,
         "seed": seed,
     }  # fmt: skip
     said = crew.run(task)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decotrain.control.measures import UNDIALLED_LOOKS, Meter
-from decotrain.control.ownership import REBALANCE_GAIN, round_s, shares, unbalanced
+from decotrain.control.ownership import ALIKE, REBALANCE_GAIN, alike, round_s, shares, unbalanced
 
 RATES = st.lists(st.floats(1e5, 1e10), min_size=3, max_size=16)
 
@@ -41,6 +41,19 @@ def test_nothing_measured_and_two_peers_mean_equal_parts() -> None:
     assert shares({1: 0.0, 2: 0.0, 3: 0.0}, equal({1: 0, 2: 0, 3: 0})) == {1: 1.0, 2: 1.0, 3: 1.0}
     assert shares({1: 1e6, 2: 1e9}, {1: 1.0, 2: 1.0}) == {1: 1.0, 2: 1.0}
     assert not unbalanced({1: 1, 2: 1, 3: 1}, {1: 1e6, 2: 0, 3: 0}, {1: 1.0, 2: 1.0, 3: 1.0})
+
+
+def test_what_measuring_adds_moves_no_shares() -> None:
+    """Figures of eight equal lines of 20 Mbit/s; following them made rounds 1.5 times longer."""
+    measured = dict(enumerate([1.09, 0.7, 1.45, 0.81, 0.97, 0.86, 1.26, 0.84]))
+    seen = alike(measured)
+    assert not unbalanced(equal(seen), seen, equal(seen))
+    assert set(shares(seen, equal(seen)).values()) == {1.0}
+    uneven = alike({0: 19.0, 1: 41.0, 2: 58.0, 3: 0.0, 4: 50.0})
+    assert uneven == {0: 19.0, 1: 45.5, 2: 45.5, 3: 0.0, 4: 45.5}
+    assert alike({}) == {}
+    assert alike({1: 0.0}) == {1: 0.0}
+    assert ALIKE > 1
 
 
 def test_who_cannot_be_dialled_owns_nothing() -> None:
