@@ -52,13 +52,13 @@ class Slept(torch.autograd.Function):
     """One layer's passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
         ctx.layer = layer
         layer.clock.until(FORWARD * (layer.number + 1) / layer.count)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         layer = ctx.layer
         layer.clock.until(FORWARD + BACKWARD * (layer.count - layer.number) / layer.count)
         return gradient, layer.gradient, None
@@ -71,7 +71,7 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.zeros_like(gradient))
 
     def forward(self, x: Tensor) -> Tensor:
-        return Slept.apply(x, self.weight, self)  # type: ignore[no-any-return]
+        return Slept.apply(x, self.weight, self)
 
 
 class Model(nn.Module):
@@ -84,7 +84,7 @@ class Model(nn.Module):
         self.blocks = nn.Sequential(*(Layer(n, layers, gradient, clock) for n in range(layers)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)  # type: ignore[no-any-return]
+        return self.blocks(x)
 
 
 @contextmanager
