@@ -6,13 +6,15 @@ Results of a real run go to bench/results/ (the committed set), those of `--quic
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
-import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.common import RESULTS, ROOT, Report, Settings, log, markdown, write_results
+from bench.common import RESULTS, ROOT, CannotRunError, Settings, log, markdown, write_results
+from decotrain.errors import Error
 
 # Every suite: name -> (module with `run(settings) -> Report`, what it shows).
 SUITES = {
@@ -49,6 +51,11 @@ SUITES = {
     "wan-allreduce": ("bench.wan.allreduce", "rounds over each profile, against Gloo"),
 }
 
+HINT = """\
+python -m bench SUITE... runs them; --quick shows within seconds that a suite works.
+The options of a suite (--set NAME=VALUE) are in the first lines of its module.
+wan-* and link-drop need a lab of network namespaces: root, or `unshare -Urn` (docs/lab.md)."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -62,25 +69,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results")
     args = parser.parse_args(argv)
     if args.list or not args.suites:
-        for name, (module, text) in SUITES.items():
-            mark = "" if _exists(module) else " (not in this tree)"
-            print(f"{name:14} {text}{mark}")
+        print(listing())
         return 0
     settings = Settings(args.quick, args.repeats, args.seed, _options(parser, args.set))
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
-    unknown = [name for name in args.suites if name not in SUITES or not _exists(SUITES[name][0])]
+    unknown = [name for name in args.suites if name not in SUITES]
     if unknown:
-        parser.error(f"no such suite: {', '.join(unknown)}; --list names them")
+        parser.error(f"no such suite: {', '.join(unknown)}{_meant(unknown)}; --list names them")
     folder = args.out or (ROOT / "build" / "bench" if args.quick else RESULTS)
     for name in args.suites:
         log(f"== {name}: {SUITES[name][1]}")
-        report: Report = importlib.import_module(SUITES[name][0]).run(settings)
-        data = report.data()
+        try:
+            data = importlib.import_module(SUITES[name][0]).run(settings).data()
+        except KeyboardInterrupt:
+            log(f"\n{name} was interrupted: no result of it was written")
+            return 128 + signal.SIGINT
+        except (CannotRunError, Error) as error:
+            log(f"{name} cannot run: {error}")
+            return 1
         for path in write_results(data, folder):
             log(f"wrote {path}")
         print(markdown(data))
     return 0
+
+
+def listing() -> str:
+    """Every suite with what it shows, and what to do with it."""
+    width = max(map(len, SUITES))
+    lines = [f"{name:{width}}  {text}" for name, (_, text) in SUITES.items()]
+    return "\n".join([*lines, "", HINT])
+
+
+def _meant(unknown: Sequence[str]) -> str:
+    near = [found for name in unknown for found in difflib.get_close_matches(name, SUITES, 1)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def _options(parser: argparse.ArgumentParser, pairs: Sequence[str]) -> dict[str, str]:
@@ -91,10 +114,6 @@ def _options(parser: argparse.ArgumentParser, pairs: Sequence[str]) -> dict[str,
             parser.error(f"--set {pair}: write NAME=VALUE")
         options[name] = value
     return options
-
-
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 if __name__ == "__main__":

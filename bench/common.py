@@ -29,6 +29,10 @@ RESULTS = ROOT / "bench" / "results"
 Value = str | int | float | bool
 
 
+class CannotRunError(Exception):
+    """A suite cannot do what was asked here; the message says why and what would help."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a suite is run. `options` are the suite's own, from `--set name=value`."""

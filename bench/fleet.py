@@ -49,6 +49,7 @@ def worker(
     address: str, name: str, peers: int, pipe: Connection, site: tuple[str, str] | None
 ) -> None:
     """Calls what the parent sends, (function, arguments), and sends back what it returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, and we end with it
     if site is not None:
         enter(*site)
     from decotrain.communicator import join

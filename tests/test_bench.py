@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import common
-from bench.common import Report, Settings, Stats, interleave
+from bench.__main__ import SUITES, main
+from bench.common import CannotRunError, Report, Settings, Stats, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,7 +91,51 @@ def test_figures_of_a_text_come_from_the_results(tmp_path: Path) -> None:
 
 def test_an_unknown_suite_is_named() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "nonsense"], cwd=ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "bench", "nonsense", "wan-homes"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 2
-    assert "no such suite: nonsense" in done.stderr
+    assert "no such suite: nonsense, wan-homes (did you mean wan-home?)" in done.stderr
+
+
+def test_without_arguments_the_suites_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out == listed
+    names = [line.split()[0] for line in listed.partition("\n\n")[0].splitlines()]
+    assert names == list(SUITES)
+    assert "--quick" in listed
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_is_a_module_that_says_what_it_shows(name: str) -> None:
+    module = ROOT / (SUITES[name][0].replace(".", "/") + ".py")
+    text = module.read_text()
+    assert "def run(settings: Settings) -> Report:" in text
+    assert text.startswith('"""')
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "example was interrupted: no result of it was written"),
+        (CannotRunError("no rights; become root"), 1, "example cannot run: no rights"),
+    ],
+)
+def test_how_a_suite_may_end(
+    error: BaseException,
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(settings: Settings) -> Report:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "bench.example", SimpleNamespace(run=run))
+    monkeypatch.setitem(SUITES, "example", ("bench.example", "nothing"))
+    assert main(["example", "--out", str(tmp_path)]) == code
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

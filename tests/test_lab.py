@@ -74,6 +74,76 @@ def test_single_packets_are_lost_and_reordered_at_their_rates(lab: Lab) -> None:
     assert seen["late"] > 20
 
 
+def test_jitter_spreads_the_delay_and_shortens_none(lab: Lab) -> None:
+    lab.set_path(0, 1, jitter_ms=40)
+    seen = ping(lab, 0, 1, count=200, interval_s=0.005)
+    assert seen["rtt_min_ms"] >= 20
+    assert 20 + 10 <= seen["rtt_median_ms"] <= 20 + 40
+    assert seen["rtt_max_ms"] >= 20 + 30
+    assert ping(lab, 0, 2, count=50)["rtt_min_ms"] < 20 + 5  # of this path alone
+
+
+def test_a_path_may_have_a_rate_of_its_own(lab: Lab) -> None:
+    lab.set_path(0, 1, rate_mbps=8, queue_bytes=60_000)
+    slow = goodput_mbps(lab, 0, 1, streams=2, skip_s=0.5, measure_s=1.5)
+    assert 0.8 * 8 <= slow <= 8
+    assert lab.path_stats(0, 1)["queue_path"] > 0
+    assert goodput_mbps(lab, 0, 2, streams=2, skip_s=0.5, measure_s=1) > 2 * 8
+
+
+def test_a_full_queue_delays_and_then_drops(lab: Lab) -> None:
+    """100 ms of queue: who sends too much makes everybody at the site wait so long, not longer."""
+    lab.set_access(0, up_mbps=8, up_queue_bytes=100_000)
+    sink = lab.popen(1, [*PROBE, "sink", lab.local_address(1), "--streams=2", "--skip-s=0",
+                         "--measure-s=60"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert sink.stdout is not None
+    port = sink.stdout.readline().strip()
+    lab.popen(0, [*PROBE, "source", lab.address(1), port, "--streams=2"])
+    for _ in range(100):  # until the sender has found the end of the queue
+        if lab.path_stats(0, 1)["queue_up"] > 0:
+            break
+        ping(lab, 2, 1, count=10)
+    assert lab.path_stats(0, 1)["queue_up"] > 0
+    seen = ping(lab, 0, 2, count=60, interval_s=0.02)
+    assert seen["rtt_max_ms"] >= 20 + 30
+    assert seen["rtt_median_ms"] <= 20 + 100 + 15
+    assert ping(lab, 2, 1, count=20)["rtt_min_ms"] < 20 + 15  # the others do not
+
+
+def test_a_script_cuts_a_site_and_brings_it_back(lab: Lab) -> None:
+    cuts = Cuts(every_s=6, shortest_s=2, longest_s=2.5, whole_site_share=1.0, until_s=3)
+    schedule = list(cuts.schedule(lab.names, seed=5))
+    assert len(schedule) == 4  # one cut: down and up, both ways
+    for at_s, text in schedule:
+        lab.after(at_s, text)
+    names = lab.names
+    victim = names.index(next(w for w in schedule[0][1].split() if w in names))
+    other = (victim + 1) % len(names)
+    awaited = [10, 0, 10]  # pings that come back: before, meanwhile, after
+    for _ in range(60):
+        seen = ping(lab, victim, other, count=10, interval_s=0.01, wait_s=0.2)["back"]
+        if seen == awaited[0]:
+            awaited.pop(0)
+        if not awaited:
+            return
+    pytest.fail(f"not seen: {awaited}")
+
+
+def test_user_namespaces_are_enough() -> None:
+    """As anybody: no root outside, and the same lab."""
+    enter = ["unshare", "-Urn"]
+    if subprocess.run([*enter, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine allows no user namespaces")
+    script = (
+        "from bench.wan.lab import Lab\n"
+        "from bench.wan.links import ping\n"
+        "with Lab('home', sites=2) as lab: print(ping(lab, 0, 1, count=5)['back'])\n"
+    )
+    done = subprocess.run([*enter, sys.executable, "-c", script], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
+
+
 def test_the_same_seed_loses_the_same_packets() -> None:
     lost = []
     for seed in (7, 7, 8):

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.common import CannotRunError
 from bench.wan.profiles import PROFILES, Profile
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +37,7 @@ DEVICE = "wan0"
 MARK = "DT_LAB"  # environment of everything inside: pid and start time of the lab's process
 
 
-class LabError(Exception):
+class LabError(CannotRunError):
     """The lab cannot do what was asked; the message says why and what would help."""
 
 
@@ -206,7 +207,9 @@ class Lab:
     def popen(
         self, site: int, argv: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """subprocess.Popen inside the site. What still runs when the lab closes is killed."""
+        """subprocess.Popen inside the site. What still runs when the lab closes is killed; Ctrl-C
+        is for who opened the lab."""
+        options.setdefault("start_new_session", True)
         inside = self._inside[site]
         environment = {**os.environ, **(env or {}), **self.environment(site)}
         child = subprocess.Popen(
