@@ -78,7 +78,7 @@ def write(
             shutil.rmtree(old)
     except OSError as error:
         raise FileError(
-            f"checkpoint {final} cannot be written: {error.strerror or error}"
+            f"checkpoint {final} cannot be written: {error.strerror or error}; make room there"
         ) from error
     return final
 

@@ -8,6 +8,7 @@ gone, and no space left.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,11 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from decotrain import checkpoint
 from decotrain.control import client
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Token, write
+from decotrain.errors import FileError
+from decotrain.spsa import Recipe, seedlog
+from decotrain.spsa.record import Record
+from decotrain.spsa.space import Layout
+from decotrain.train.metrics import Journal, Tail
 from tests.test_run import WAIT_S, until
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +200,74 @@ def test_a_record_that_finds_no_room_later_waits_for_it(run_dir: Path) -> None:
     finally:
         made.terminate()
         made.communicate(timeout=WAIT_S)
+
+
+@contextmanager
+def no_room(bytes_max: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond a bound."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(run_dir: Path) -> None:
+    model = {"w": torch.zeros(1000)}
+    checkpoint.write(run_dir, 1, model, {}, {})
+    with no_room(1000), pytest.raises(FileError, match=r"File too large; make room there"):
+        checkpoint.write(run_dir, 2, model, {}, {})
+    saved = checkpoint.newest(run_dir)
+    assert saved is not None
+    assert saved.round_number == 1
+    assert [path.name for path in run_dir.iterdir()] == [saved.path.name]
+
+
+def test_a_seed_log_that_finds_no_room_goes_on_where_it_is_whole(run_dir: Path) -> None:
+    layout = Layout.of([("w", (), (3, 5), "F32", True)])
+    header = seedlog.Header(Recipe(), layout, "ab" * 32)
+    writer = seedlog.Writer("a.seedlog", header)
+    size = Path("a.seedlog").stat().st_size
+    with (
+        no_room(size + 100),
+        pytest.raises(FileError, match=r"make room there and resume: the log"),
+    ):
+        for step in range(100):
+            writer.append(Record(step, {0: b"1234"}))
+    reached = writer.next_step
+    writer.close()
+    assert 0 < reached < 100
+    writer = seedlog.Writer("a.seedlog", header)
+    assert writer.next_step == reached
+    writer.append(Record(reached, {0: b"1234"}))
+    writer.close()
+    assert seedlog.read("a.seedlog").next_step == reached + 1
+
+
+def test_a_journal_that_finds_no_room_loses_lines_and_stops_nobody(run_dir: Path) -> None:
+    journal = Journal(run_dir / "journal")
+    journal.write("one")
+    with no_room((run_dir / "journal").stat().st_size + 10):
+        journal.write("lost")
+        journal.write("lost too")
+    journal.write("two")
+    journal.close()
+    told = [event["event"] for event in Tail(run_dir / "journal", whole=True).read()]
+    assert told == ["one", "two"]
+
+
+def test_a_run_whose_checkpoints_find_no_room_trains_to_its_end_and_says_so(run_dir: Path) -> None:
+    (run_dir / "text.txt").write_bytes(b"some words, and some more of them; " * 4000)
+    words = ["train", "peers=1", "model=tiny", "steps=20", "outer.sync_every=5", "batch=1",
+             "every.checkpoint=2", "data.path=text.txt", "held_out_windows=4"]  # fmt: skip
+    done = limited(200_000, *words, cwd=run_dir)
+    assert done.returncode == 1, done.stderr
+    notes = [line for line in done.stdout.splitlines() if "cannot be written" in line]
+    assert len(notes) == 2, done.stdout
+    assert all("make room there; what was saved before stands" in line for line in notes)
+    assert "step 20/20" in done.stdout
+    assert "no checkpoint can be read" in done.stderr.splitlines()[-1]
 
 
 def test_a_token_for_which_there_is_no_room_leaves_nothing_behind(run_dir: Path) -> None:

@@ -7,7 +7,6 @@ coordinator's thread writes the text, the page's thread hands it out.
 from __future__ import annotations
 
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 from decotrain.control.transport import split_address
 from decotrain.errors import ConfigError
@@ -19,6 +18,8 @@ class MetricsPage:
     """Bound when constructed."""
 
     def __init__(self, listen: str) -> None:
+        from http.server import BaseHTTPRequestHandler, HTTPServer  # seldom needed, slow to load
+
         self.text = ""
         page = self
 

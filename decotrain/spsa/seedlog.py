@@ -18,6 +18,7 @@ further from the end is an error that names the step: nothing is repaired by gue
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from decotrain.errors import ConfigError, FileError
 from decotrain.spsa import code
@@ -112,7 +113,7 @@ class Writer:
             log = read(self.path)
         self.next_step = log.next_step
         self._chain, self._layout, self._since_seal = log.chain, log.last_layout, log.since_seal
-        self._file: BinaryIO = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
 
     def _cut(self, log: Log) -> None:
         if log.torn > TAIL_BYTES_MAX:
@@ -143,15 +144,25 @@ class Writer:
         self._chain = chained(self._chain, body)
         self._layout = layout
         self._since_seal += 1
-        self._file.write(data + body + self._chain[:CHECK])
-        self._file.flush()
+        self._write(data + body + self._chain[:CHECK])
         self.next_step += 1
-        if self.next_step % self.sync_every == 0:
-            os.fsync(self._file.fileno())
+
+    def _write(self, data: bytes) -> None:
+        """What is written in part is cut off by whoever opens the log next."""
+        try:
+            done = self._file.write(data)
+            if done != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if (self.next_step + 1) % self.sync_every == 0:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise FileError(
+                f"cannot write {self.path}: {error.strerror}; make room there and resume: the log"
+                f" is whole up to step {self.next_step}"
+            ) from None
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
 

@@ -85,6 +85,8 @@ class Board:
         elif kind == "evaluation":
             self.held_out.append((int(event["step"]), float(event["held_out"])))
             self.accuracy = float(event.get("accuracy", math.nan))
+        elif kind == "note":
+            self.note(f"{name}: {event.get('text', '')}")
         elif kind == "end":
             row.state, row.digest = "finished", str(event.get("digest", ""))
 

@@ -206,7 +206,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
             comm.set_figures(trainer.progress(outer.global_step, **_figures(trainer, outer)))
     outer.finish()
     trainer.progress(outer.global_step, **_figures(trainer, outer))
-    trainer.save(place, number, outer)
+    _save(trainer, place, number, outer)
     journal.write(
         "end", step=outer.global_step, digest=outer.digest(), **_figures(trainer, outer)
     )  # fmt: skip
@@ -231,7 +231,15 @@ def _after_round(
             )
         trainer.journal.write("evaluation", step=outer.global_step, round=number, held_out=loss)
     if number % settings.every.checkpoint == 0 and number < settings.rounds:
+        _save(trainer, place, number, outer)
+
+
+def _save(trainer: Trainer, place: Path, number: int, outer: Outer) -> None:
+    """A full disk ends no training: the checkpoint before stands, and people are told."""
+    try:
         trainer.save(place, number, outer)
+    except FileError as error:
+        trainer.journal.write("note", text=f"{error}; what was saved before stands")
 
 
 def _figures(trainer: Trainer, outer: Outer) -> dict[str, Any]:
