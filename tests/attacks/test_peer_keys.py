@@ -196,17 +196,21 @@ def test_a_peers_key_decides_nothing_about_others(token: Token, start: Any, tmp_
         until(lambda: len(here["a"].shared.members) == 1)
 
 
+@pytest.mark.parametrize("shows", ["bob", "token"])
 @pytest.mark.parametrize("tail", [b"", bytes(transport.TAIL_BYTES)], ids=["none", "another"])
 def test_nobody_speaks_in_the_name_of_another_peer(
-    token: Token, start: Any, tmp_path: Path, tail: bytes
+    token: Token, start: Any, tmp_path: Path, tail: bytes, shows: str
 ) -> None:
+    """With a key of its own, or with the same token as the other."""
     bob = key_for("bob", tmp_path)
     server = start()
     with peers(server.address, a=token, b=bob) as here:
         victim = here["a"].shared.peer
         view = here["a"].shared.view
         context: zmq.Context[Any] = zmq.Context()
-        thief = transport.connect_dealer(context, server.address, identity(victim) + tail, bob)
+        secret = bob if shows == "bob" else token
+        route = identity(victim) + tail
+        thief = transport.connect_dealer(context, server.address, route, secret)
         refused = server.server.refused
         thief.send(m.encode(m.Leave(RUN, victim)))
         thief.send(m.encode(m.AskStatus(RUN, 0)))
