@@ -57,6 +57,9 @@ def coordinator(words: list[str]) -> int:
 
     options = Options(run=asked.run, min_peers=asked.min_peers or None)
     own = whole(find(asked.token_file), asked.token_file)
+    listed = PeerList(str(place(asked.token_file))) if own else None
+    if listed and listed.names and asked.record is None:
+        logging.warning("without --record, keys that a kick takes away are back after a restart")
     return serve(
         asked.listen,
         options,
@@ -65,7 +68,7 @@ def coordinator(words: list[str]) -> int:
         token=own,
         insecure=asked.insecure,
         metrics=asked.metrics,
-        peer_list=PeerList(str(place(asked.token_file))) if own else None,
+        peer_list=listed,
     )
 
 

@@ -352,6 +352,7 @@ class Coordinator:
             detail = "it is the only active peer, and others need its state"
             self.effects.append(Send(source, m.Done(False, detail)))
             return
+        names = ", ".join(self.name(peer) for peer in found[:4])
         if len(found) == 1:
             alone = self.known() == set(
                 found
@@ -361,18 +362,18 @@ class Coordinator:
             reason += f" ({message.detail})" if message.detail else ""
             if not message.leave:
                 self.gone.bar(self.origin(found[0]), reason)
-                self._bar_key(found[0])
+                names += " with its key" * self._bar_key(found[0])
             self.leave_out(found[0], kind, reason, now)
-        names = ", ".join(self.name(peer) for peer in found[:4])
         detail = f"{len(found)} peers match: {names}" if len(found) > 1 else names
         detail = (detail or "nobody of that name or id is in the run")[:512]
         self.effects.append(Send(source, m.Done(len(found) == 1, detail)))
 
-    def _bar_key(self, peer: int) -> None:
-        """A kicked peer's own key opens nothing any more, also after a restart."""
+    def _bar_key(self, peer: int) -> bool:
+        """A kicked peer's own key, if it has one, opens nothing any more, also after a restart."""
         key, barred = self.key_of(peer), self.record.barred
         if key and key not in barred:
             self.persist(replace(self.record, barred=(*barred, key)[-BARRED_MAX:]))
+        return bool(key)
 
     def _suspect_silent(self, now: float) -> None:
         timeout_s = self.options.suspect_timeout_s

@@ -155,7 +155,7 @@ def test_a_kicked_peers_key_opens_nothing_any_more(
     with peers(server.address, a=token, b=bob) as here:
         status = client.status(server.address, token=bob)
         assert {row["name"] for row in status["peers"]} == {"a", "b"}
-        client.kick(server.address, RUN, "b", token=token)
+        assert client.kick(server.address, RUN, "b", token=token).endswith(") with its key")
         until(lambda: here["b"].shared.over is not None)
         until(lambda: len(here["a"].shared.members) == 1)
         for server in (server, start()):  # noqa: B020 - and after a restart
