@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.common import RESULTS, default_table, read_results, table_text  # noqa: E402
 
+TEXTS = [ROOT / "README.md", ROOT / "docs" / "figures.md"]
 BLOCK = re.compile(
     r"(?P<open><!-- figures:(?P<suite>[\w-]+)(?:\.(?P<name>[\w-]+))? -->\n)"
     r"(?P<body>.*?)(?P<close><!-- /figures -->)",
@@ -63,7 +64,7 @@ def rewrite(text: str, results: Path, beside: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("texts", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("texts", nargs="*", type=Path, default=TEXTS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--check", action="store_true", help="write nothing, fail when stale")
     args = parser.parse_args()

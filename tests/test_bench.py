@@ -89,6 +89,12 @@ def test_figures_of_a_text_come_from_the_results(tmp_path: Path) -> None:
     subprocess.run([*argv, "--check"], check=True)
 
 
+def test_the_figures_of_our_own_texts_are_those_of_the_results() -> None:
+    argv = [sys.executable, str(ROOT / "scripts/readme_figures.py"), "--check"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_suite_is_named() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench", "nonsense", "wan-homes"],
