@@ -27,6 +27,7 @@ SUITES = {
     "recovery": ("bench.recovery", "a peer dies at half of a round: the cost, against redoing it"),
     "join": ("bench.join", "a newcomer fetches a live run's state, and what the others notice"),
     "kills": ("bench.kills", "a peer killed at a random instant of a round: are all sums right?"),
+    "memory": ("bench.memory", "memory of a round, times its encoded size, beside Gloo's"),
     "starts": ("bench.starts", "many peers started at once, again and again"),
     "storm": ("bench.storm", "minutes of faults: violations, goodput, descriptors, memory"),
     "link-drop": ("bench.link_drop", "a link between two peers dropped: rounds go on"),

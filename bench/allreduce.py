@@ -67,6 +67,7 @@ class Ours:
             "reported": (1 << len(everybody)) - 1,
             "tags": [],
             "rounds": [],
+            "names": [],
         }
         for name, node in self.nodes.items():
             node.set_peers([(r + 1, r, who[name]) for r, who in enumerate(everybody)])

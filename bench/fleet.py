@@ -46,7 +46,12 @@ class DeadError(RuntimeError):
 
 
 def worker(
-    address: str, name: str, peers: int, pipe: Connection, site: tuple[str, str] | None
+    address: str,
+    name: str,
+    peers: int,
+    pipe: Connection,
+    site: tuple[str, str] | None,
+    options: dict[str, Any],
 ) -> None:
     """Calls what the parent sends, (function, arguments), and sends back what it returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, and we end with it
@@ -55,7 +60,7 @@ def worker(
     from decotrain.communicator import join
 
     os.environ["DECOTRAIN_LAUNCH"] = name  # the parent reports our end by it
-    comm = join(address, name=name, min_peers=peers, timeout_s=HANG_S)
+    comm = join(address, name=name, min_peers=peers, timeout_s=HANG_S, **options)
     state = SimpleNamespace(comm=comm, name=name, pipe=pipe)
     pipe.send((True, comm.peer))
     with contextlib.suppress(EOFError):  # the parent has ended
@@ -128,7 +133,7 @@ class Peer:
         self.pipe, there = context.Pipe()
         self.process = context.Process(
             target=worker,
-            args=(fleet.address, name, fleet.peers, there, fleet.next_site()),
+            args=(fleet.address, name, fleet.peers, there, fleet.next_site(), fleet.options),
             daemon=True,
         )
         self.process.start()
@@ -188,11 +193,14 @@ class Fleet:
         reports: bool = True,  # the coordinator is told of ended processes
         record: Path | None = None,  # folder of its durable record
         lab: Lab | None = None,  # the coordinator at site 0, peers at 1, 2, ...
+        log: Path | None = None,  # what the coordinator says
+        **options: Any,  # of every peer's join()
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
         self.peers, self.reports, self.record, self.run = peers, reports, record, "default"
+        self.log, self.options = log, options
         self.closing = False
         self.count = 0
         self.lab = lab
@@ -207,13 +215,13 @@ class Fleet:
         command += ["--with-parent"]
         if self.record is not None:
             command += ["--record", str(self.record)]
-        options: dict[str, Any] = {
-            "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True
-        }  # fmt: skip
-        if self.lab is None:
-            self.coordinator = subprocess.Popen(command, **options)
-        else:
-            self.coordinator = self.lab.popen(0, [*command, "--insecure"], **options)
+        options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+        with (self.log or Path(os.devnull)).open("ab") as errors:
+            if self.lab is None:
+                self.coordinator = subprocess.Popen(command, stderr=errors, **options)
+            else:
+                command.append("--insecure")
+                self.coordinator = self.lab.popen(0, command, stderr=errors, **options)
         assert self.coordinator.stdout is not None
         line = self.coordinator.stdout.readline()
         if not line:

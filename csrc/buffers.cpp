@@ -2,6 +2,7 @@
 #include "buffers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <map>
 #include <mutex>
@@ -40,6 +41,19 @@ void destroy(std::byte* at, std::size_t bytes) {
   ::operator delete(at, std::align_val_t{bytes >= kHugeFrom ? kHugePage : kAlign});
 }
 
+// What callers hold, small blocks included.
+std::atomic<std::size_t> held_bytes{0};
+std::atomic<std::size_t> held_peak{0};
+
+void count_taken(std::size_t bytes) {
+  const std::size_t now = held_bytes.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  std::size_t peak = held_peak.load(std::memory_order_relaxed);
+  while (peak < now && !held_peak.compare_exchange_weak(peak, now, std::memory_order_relaxed)) {
+  }
+}
+
+void count_given(std::size_t bytes) { held_bytes.fetch_sub(bytes, std::memory_order_relaxed); }
+
 class Pool {
  public:
   std::byte* take(std::size_t bytes) {
@@ -58,7 +72,14 @@ class Pool {
       trim(surplus);
     }
     for (const auto& [old, size] : surplus) destroy(old, size);
-    return at != nullptr ? at : fresh(bytes);
+    if (at != nullptr) return at;
+    try {
+      return fresh(bytes);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      in_use_ -= bytes;
+      throw;
+    }
   }
 
   void give(std::byte* at, std::size_t bytes) {
@@ -73,9 +94,9 @@ class Pool {
     for (const auto& [old, size] : surplus) destroy(old, size);
   }
 
-  PoolFigures figures() {
+  std::size_t free_bytes() {
     const std::lock_guard lock(mutex_);
-    return {in_use_, free_bytes_};
+    return free_bytes_;
   }
 
  private:
@@ -113,12 +134,26 @@ Pool& pool() {
 std::shared_ptr<std::byte[]> allocate(std::size_t bytes) {
   if (bytes < kPooledFrom) {
     const std::size_t size = std::max<std::size_t>(bytes, 1);
-    return {fresh(size), [size](std::byte* at) { destroy(at, size); }};
+    std::byte* const small = fresh(size);
+    count_taken(size);
+    return {small, [size](std::byte* at) {
+              count_given(size);
+              destroy(at, size);
+            }};
   }
   const std::size_t size = size_class(bytes);
-  return {pool().take(size), [size](std::byte* at) { pool().give(at, size); }};
+  std::byte* const large = pool().take(size);
+  count_taken(size);
+  return {large, [size](std::byte* at) {
+            count_given(size);
+            pool().give(at, size);
+          }};
 }
 
-PoolFigures pool_figures() { return pool().figures(); }
+PoolFigures pool_figures(bool reset) {
+  const std::size_t held = held_bytes.load(std::memory_order_relaxed);
+  if (reset) held_peak.store(held, std::memory_order_relaxed);
+  return {held, held_peak.load(std::memory_order_relaxed), pool().free_bytes()};
+}
 
 }  // namespace decotrain

@@ -15,9 +15,11 @@ namespace decotrain {
 std::shared_ptr<std::byte[]> allocate(std::size_t bytes);
 
 struct PoolFigures {
-  std::size_t in_use_bytes = 0;
+  std::size_t in_use_bytes = 0;  // also of blocks that are too small for the pool
+  std::size_t peak_bytes = 0;    // most in use at once since the last reset
   std::size_t free_bytes = 0;
 };
-PoolFigures pool_figures();
+// With `reset` the peak starts anew, from what is in use now.
+PoolFigures pool_figures(bool reset = false);
 
 }  // namespace decotrain

@@ -190,12 +190,8 @@ void Impl::tick(double now) {
     for (auto& [seq, round] : tag.rounds) {
       if (frozen || !round.open || round.settled) continue;
       if (round.next_grace <= now) waive_late(round, now);
-      if (round.done_at + options.done_bound_s > now || options.done_bound_s <= 0.0) continue;
-      const SlotMask late = roles.active & ~round.done_from & ~round.named_late;
-      round.named_late |= late;
-      for (const Member& one : view.members) {
-        if ((late & bit(one.slot)) != 0) event(EventKind::late_done, round, one.peer, "");
-      }
+      if (round.look_at <= now) look_at_owners(round, now);
+      if (late_at(round) <= now) name_late(round, ~round.done_from, "");
     }
   }
   settle_all();
@@ -207,11 +203,9 @@ double Impl::next_deadline() const {
   for (const auto& [id, tag] : tags) {
     for (const auto& [seq, round] : tag.rounds) {
       if (!round.open || round.settled) continue;
-      next = std::min(next, round.next_grace);
+      next = std::min({next, round.next_grace, round.look_at});
       const SlotMask late = roles.active & ~round.done_from & ~round.named_late;
-      if (options.done_bound_s > 0.0 && late != 0) {
-        next = std::min(next, round.done_at + options.done_bound_s);
-      }
+      if (late != 0) next = std::min(next, late_at(round));
     }
   }
   return next;

@@ -19,9 +19,11 @@
 namespace decotrain {
 
 struct EngineOptions {
-  double grace_s = 0.0;       // waive who is not in this long after the quorum; 0: wait for all
-  double quorum = 1.0;        // fraction of the view's active peers that starts the grace period
-  double done_bound_s = 0.0;  // name who has not said DONE this long after our own; 0: never
+  double grace_s = 0.0;  // waive who is not in this long after the quorum; 0: wait for all
+  double quorum = 1.0;   // fraction of the view's active peers that starts the grace period
+  // Name who is later than the others by this, and by as long as those needed: with its DONE after
+  // our own, or with results when most owners have sent all of theirs; 0: never.
+  double done_bound_s = 0.0;
   std::size_t parked_bytes = std::size_t{64} << 20;  // early frames of rounds not begun here
   // Results kept for a caller that has not begun them, of each tag: so many, and more of them while
   // they are small. A newcomer needs those that come while it fetches the state.
@@ -93,7 +95,7 @@ enum class EventKind : std::uint8_t {
   refused,        // `peer` sent NaN, a wrong length or garbage inside a valid frame: left out
   spec_mismatch,  // `peer` runs another specification for this round
   diverged,       // DONE digests differ: `detail` lists slot=digest
-  late_done,      // `peer` has not said DONE within the bound
+  late_done,      // `peer` has not said DONE, or not sent its results, within the bound
   waived,         // we waived `peer` in a round
   open            // `peer` has begun a round that we have not (once for each round)
 };
@@ -132,11 +134,15 @@ struct TagReport {
   std::int64_t covered = -1;  // last round whose effect or whose result we hold; -1: none
   std::vector<std::pair<std::uint64_t, std::uint64_t>> stable;  // newest (seq, digest), few
 };
+// Who a slot was, for contributors of values and those who will be: they may have left the view.
+using Names = std::vector<std::pair<std::uint8_t, PeerId>>;
+
 struct Report {
   ViewId installed = 0;
   bool declared = false;  // the application said which tags carry state; absent ones carry none
   std::vector<TagReport> tags;
   std::vector<RoundReport> rounds;  // open ones
+  Names names;                      // of everybody whose contribution is in `rounds`
 };
 
 struct ChunkPlan {
@@ -166,6 +172,7 @@ struct Install {
   SlotMask reported = 0;  // slots whose report the plan was made from
   std::vector<TagPlan> tags;
   std::vector<RoundPlan> rounds;
+  Names names;  // of contributors in `rounds` that the reports name
 };
 
 // Bugs on purpose, so that tests can show that they would be found. Only builds with DT_PLANT can
@@ -180,6 +187,10 @@ enum class Plant : std::uint8_t {
   value_kept = 6,           // a value that is not the plan's survives the INSTALL
   goes_on = 7               // a frozen peer goes on in its old view after its report
 };
+
+// What a void state covers. Not -1: it is not where round 0 goes on from either, and results held
+// since must not make up for it.
+constexpr std::int64_t kVoid = -2;
 
 class Engine {
  public:
@@ -201,7 +212,7 @@ class Engine {
   // Results of rounds that were completed for us before our next begin (observing, skipped),
   // oldest first; they must be taken before begin(tag).
   std::vector<std::uint64_t> missed(std::uint32_t tag) const;
-  // State held: tag -> last round whose effect it contains, -2 when it is void. Tags not named
+  // State held: tag -> last round whose effect it contains, kVoid when it is void. Tags not named
   // carry no state. Results taken before and not in this state count as lost: say it again after
   // dropping one.
   void declare(const std::vector<std::pair<std::uint32_t, std::int64_t>>& covered);

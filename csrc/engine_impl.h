@@ -115,6 +115,9 @@ struct Engine::Impl {
   void check_stable(Round& round);
   void name_diverged(Round& round);
   void waive_late(Round& round, double now);
+  double late_at(const Round& round) const;
+  void look_at_owners(Round& round, double now);
+  void name_late(Round& round, SlotMask late, const char* detail);
 
   // send.cpp
   void say(std::uint8_t to, Outgoing what);

@@ -1,6 +1,7 @@
 // The network thread of a peer and the queue in front of it.
 #include "node.h"
 
+#include <pthread.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -12,6 +13,8 @@ namespace decotrain {
 namespace {
 
 constexpr std::size_t kMaxNodeEvents = 4096;
+constexpr const char* kThreadName = "decotrain-net";
+constexpr const char* kNoMemory = "out of memory in a round or fetch";
 constexpr std::uint64_t kChunksWanted = 16;
 constexpr std::uint64_t kChunkStep = 4096;
 constexpr std::uint64_t kChunkElementsMax = 65536;  // a few chunks fit a second-level cache
@@ -167,37 +170,69 @@ net::MeshHandler Node::handler() {
   };
 }
 
+// An exception here, in practice no memory, ends this peer's part and not its process: whoever
+// waits is told why, and the others see closed sockets.
 void Node::run() {
-  for (;;) {
-    if (!run_commands()) break;
-    const double now = net::Mesh::now();
-    if (now >= engine_.next_deadline()) engine_.tick(now);
-    start_waiting(now);
-    finish_ready();
-    run_fetches(now);
-    forward_events();
-    mesh_->run_once(next_deadline());
+#ifdef __linux__
+  ::pthread_setname_np(::pthread_self(), kThreadName);  // for top and debuggers
+#endif
+  try {
+    while (turn()) {
+    }
+    finish(end_, false);
+  } catch (const std::bad_alloc&) {
+    finish(kNoMemory, true);
+  } catch (const std::exception& error) {
+    finish(std::string("the network thread failed: ") + error.what(), true);
   }
-  fail_all("this node is closed");
+}
+
+bool Node::turn() {
+  if (!run_commands()) return false;
+  const double now = net::Mesh::now();
+  if (now >= engine_.next_deadline()) engine_.tick(now);
+  start_waiting(now);
+  finish_ready();
+  run_fetches(now);
+  forward_events();
+  mesh_->run_once(next_deadline());
+  return true;
+}
+
+void Node::finish(const std::string& why, bool broken) {
+  broken_ = broken;
+  {
+    const std::lock_guard lock(mutex_);
+    end_ = why;
+    closing_ = true;
+  }
+  mesh_->shut();
+  run_commands();
+  fail_all(why);
+  if (broken) emit({"broken", 0, 0, self_, why});
 }
 
 // False when the node is closing.
 bool Node::run_commands() {
-  std::vector<Command> commands;
   bool closing = false;
   {
     const std::lock_guard lock(mutex_);
-    commands.swap(commands_);
+    for (Command& command : commands_) taken_.push_back(std::move(command));
+    commands_.clear();
     closing = closing_;
   }
-  for (const Command& command : commands) command(net::Mesh::now());
+  while (!taken_.empty()) {
+    const Command command = std::move(taken_.front());
+    taken_.pop_front();
+    command(net::Mesh::now());
+  }
   return !closing;
 }
 
 void Node::post(Command command) {
   {
     const std::lock_guard lock(mutex_);
-    if (closing_) throw NodeError("this node is closed");
+    if (closing_) throw NodeError(end_);
     commands_.push_back(std::move(command));
   }
   mesh_->wake();
@@ -209,7 +244,7 @@ std::shared_ptr<Work> Node::begin(BeginArgs args) {
   post([this, work, held](double now) {
     const std::uint32_t tag = held->tag;
     waiting_.emplace(tag, Waiting{std::move(*held), work});
-    start_waiting(now);
+    if (!broken_) start_waiting(now);
   });
   return work;
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <deque>
 #include <functional>
 #include <future>
 #include <map>
@@ -167,6 +168,8 @@ class Node {
 
   net::MeshHandler handler();
   void run();
+  bool turn();
+  void finish(const std::string& why, bool broken);
   bool run_commands();
   void start_waiting(double now);
   void finish_ready();
@@ -186,8 +189,9 @@ class Node {
   Result call(std::function<Result(double)> command) {
     auto promise = std::make_shared<std::promise<Result>>();
     std::future<Result> future = promise->get_future();
-    post([promise, command = std::move(command)](double now) {
+    post([this, promise, command = std::move(command)](double now) {
       try {
+        if (broken_) throw NodeError(end_);
         if constexpr (std::is_void_v<Result>) {
           command(now);
           promise->set_value();
@@ -205,6 +209,8 @@ class Node {
   net::Fd event_fd_;
 
   // The network thread's.
+  bool broken_ = false;        // by an exception: the engine may be half changed, let it be
+  std::deque<Command> taken_;  // of commands_, to be run
   Engine engine_;
   std::multimap<std::uint32_t, Waiting> waiting_;  // by tag, in order
   std::multimap<std::uint32_t, Open> open_;
@@ -215,9 +221,10 @@ class Node {
   std::vector<std::string> addresses_;
 
   std::mutex mutex_;  // guards the members below
-  std::vector<Command> commands_;
+  std::deque<Command> commands_;
   std::vector<NodeEvent> events_;
   bool closing_ = false;
+  std::string end_ = "this node is closed";  // what calls are told once it is closing
 
   std::mutex close_mutex_;
   std::thread thread_;

@@ -108,7 +108,10 @@ struct Round {
   std::array<DoneSaid, kMaxPeers> done{};
   bool complete = false;  // all values held, `digest` computed
   std::uint64_t digest = 0;
+  double opened_at = 0.0;  // in this view
   double done_at = kNever;
+  double look_at = kNever;  // for owners that are late with their results
+  double few_at = kNever;   // since when only few of them are
   double next_grace = kNever;
 
   SlotMask named_late = 0;  // events already given

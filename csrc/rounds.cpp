@@ -1,4 +1,5 @@
 // Engine, the life of a round in one view: open, contribute, combine, complete, agree.
+#include <algorithm>
 #include <bit>
 #include <cstdio>
 
@@ -10,6 +11,9 @@ using Impl = Engine::Impl;
 
 void Impl::open_round(Round& round, double now) {
   round.open = true;
+  round.opened_at = now;
+  round.few_at = kNever;
+  round.look_at = options.done_bound_s > 0.0 ? now + options.done_bound_s : kNever;
   if (!round.planned) round.lay_out_fresh(view, roles);
   announce(round);
   synchronise(round, now);
@@ -169,6 +173,39 @@ void Impl::name_diverged(Round& round) {
       event(EventKind::diverged, round, one.peer, detail);
     }
   }
+}
+
+// When who has not said DONE is late: that long after our own, and not before it has had twice our
+// time, so that on slow links nobody is late for being a little slower.
+double Impl::late_at(const Round& round) const {
+  if (options.done_bound_s <= 0.0) return kNever;
+  return round.done_at + std::max(options.done_bound_s, round.done_at - round.opened_at);
+}
+
+void Impl::name_late(Round& round, SlotMask late, const char* detail) {
+  late &= roles.active & ~round.named_late;
+  round.named_late |= late;
+  for (const Member& one : view.members) {
+    if ((late & bit(one.slot)) != 0) event(EventKind::late_done, round, one.peer, detail);
+  }
+}
+
+// Without its results nobody gets to say DONE. When most have sent all of theirs, the few that have
+// not are given as long again.
+void Impl::look_at_owners(Round& round, double now) {
+  round.look_at = round.complete ? kNever : now + options.done_bound_s;
+  SlotMask lacking = 0;
+  for (const Chunk& chunk : round.chunks) {
+    if (!chunk.held) lacking |= bit(chunk.fixed ? chunk.sender : chunk.owner);
+  }
+  lacking &= ~bit(roles.self);
+  if (lacking == 0 || 2 * std::popcount(lacking) >= std::popcount(roles.active)) {
+    round.few_at = kNever;
+    return;
+  }
+  round.few_at = std::min(round.few_at, now);
+  const double patience = std::max(options.done_bound_s, round.few_at - round.opened_at);
+  if (now - round.few_at >= patience) name_late(round, lacking, "its results are late");
 }
 
 void Impl::waive_late(Round& round, double now) {

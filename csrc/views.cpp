@@ -55,6 +55,11 @@ void check_chunk(const ChunkPlan& chunk, const RoundPlan& round, const Roles& ro
 void check(const Install& plan) {
   const Roles roles = check_view(plan.view);
   require((plan.reported & ~roles.all) == 0, "a reporter is no member");
+  SlotMask named = 0;
+  for (const auto& [slot, peer] : plan.names) {
+    require(peer != 0 && slot < kMaxPeers && (named & bit(slot)) == 0, "a name is bad");
+    named |= bit(slot);
+  }
   std::map<std::uint32_t, std::int64_t> tags;
   for (const TagPlan& tag : plan.tags) {
     const bool fresh = tags.insert({tag.tag, tag.stable}).second;
@@ -96,6 +101,7 @@ Report Impl::freeze(FreezeId id) {
     }
   }
   Report report;
+  SlotMask contributors = 0;
   report.installed = view.id;
   report.declared = declared;
   for (const auto& [tag_id, tag] : tags) {
@@ -108,10 +114,17 @@ Report Impl::freeze(FreezeId id) {
     for (const auto& [seq, round] : tag.rounds) {
       if (!round.known || round.settled) continue;
       report.rounds.push_back(round.report());
+      for (const ChunkReport& chunk : report.rounds.back().chunks) {
+        contributors |= chunk.contributors | chunk.received;
+      }
       for (std::size_t c = 0; planted(Plant::value_forgotten) && c < round.chunks.size(); ++c) {
         if (round.chunks[c].sender != roles.self) report.rounds.back().chunks[c].born = 0;
       }
     }
+  }
+  for (SlotMask left = contributors; left != 0; left &= left - 1) {
+    const auto slot = static_cast<std::uint8_t>(std::countr_zero(left));
+    if (names[slot] != 0) report.names.emplace_back(slot, names[slot]);
   }
   return report;
 }
@@ -122,6 +135,7 @@ bool Impl::install(const Install& plan, double now) {
   if (plan.answers != newest_freeze || plan.view.id <= view.id) return false;
   const bool was_active = roles.self_active();
   view = plan.view;
+  for (const auto& [slot, peer] : plan.names) names[slot] = peer;
   for (const Member& member : view.members) {
     // A slot that an open round speaks of is given to nobody else: the newest name is right.
     if (member.active) names[member.slot] = member.peer;
@@ -183,7 +197,7 @@ void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool rep
   // A plan made from our report continues the state we have applied, even if it goes back behind
   // rounds we know (a new generation).
   if (!reported || differs || tag.applied > plan.stable) {
-    tag.applied = -1;
+    tag.applied = kVoid;
     events.push_back({EventKind::diverged, id, last.seq, self,
                       "we returned a round that the view does not know: our state is void"});
   }
@@ -338,6 +352,7 @@ void Impl::resume(Round& round, double now) {
   round.parked.clear();
   round.opened = 0;
   round.done_at = kNever;
+  round.look_at = kNever;
   round.next_grace = kNever;
   round.named_late = 0;
   round.named_diverged = false;

@@ -151,6 +151,9 @@ def topk_add(data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C'
     total += weight * decoded; False, with total as before, for foreign or broken bytes.
     """
 
+def pool_figures(reset_peak: bool = False) -> dict[str, Any]:
+    """Memory of all rounds of this process: in use, at most, kept free."""
+
 class Result:
     """What a round gave: the same bits on every peer."""
 

@@ -4,8 +4,8 @@
                           state.safetensors     what a resume needs beside it
                           meta.json             facts, and the SHA-256 of both files
 
-Written beside the final place, flushed to disk, then renamed. No pickle: nothing in a checkpoint is
-ever executed. It does not know what the tensors mean.
+Written beside the final place, flushed to disk, then renamed. One process writes to a folder. No
+pickle: nothing in a checkpoint is ever executed. It does not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from decotrain.errors import FileError
 FORMAT = 2
 META = "meta.json"
 META_BYTES_MAX = 16 << 20
-NAME = re.compile(r"round-(\d{1,12})$")
+NAME = re.compile(r"round-(\d{1,12})(-before)?$")  # before: until another one is in its place
+DRAFT = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def write(
     final = folder / f"round-{round_number:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        for torn in folder.glob(DRAFT + "*"):  # of a process that died
+            shutil.rmtree(torn, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))
         try:
             digests = {}
             for name, tensors in (("model", model), ("state", state)):
@@ -68,18 +71,22 @@ def write(
             _write_file(temporary / META, json.dumps(facts, indent=1).encode())
             _flush_folder(temporary)
             if final.exists():  # the same round again, after a resume: it takes the old one's place
-                final.rename(temporary / "old")
-                shutil.rmtree(temporary / "old")
+                before = final.with_name(final.name + "-before")
+                shutil.rmtree(before, ignore_errors=True)
+                final.rename(before)
             temporary.rename(final)
             _flush_folder(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for _, old in _found(folder)[keep:]:
-            shutil.rmtree(old)
     except OSError as error:
         raise FileError(
             f"checkpoint {final} cannot be written: {error.strerror or error}; make room there"
         ) from error
+    found = _found(folder)
+    kept = [number for number, path in found if not path.name.endswith("-before")][:keep]
+    for number, old in found:
+        if number not in kept or old.name.endswith("-before"):
+            shutil.rmtree(old, ignore_errors=True)  # what stays of it goes with the next one
     return final
 
 
@@ -117,7 +124,8 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
     found = [(NAME.match(path.name), path) for path in folder.iterdir()]
-    return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
+    numbered = [(int(m[1]), path) for m, path in found if m]
+    return sorted(numbered, key=lambda one: (-one[0], one[1].name))
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -30,14 +30,14 @@ from decotrain.control.agent import Agent
 from decotrain.errors import (
     LeftError,
     NotFiniteError,
+    OutOfMemoryError,
     RefusedError,
     RoundError,
     StateError,
-    UnreachableError,
 )
 from decotrain.farewell import end_well, say_last_words
-from decotrain.joining import Asked, ask, told_addresses
-from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, decode, places_for
+from decotrain.joining import Asked, ask, told_addresses, wait_for_welcome
+from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, check_memory, decode, places_for
 from decotrain.shared import SharedState, Shortcut
 
 Tensors = Any  # a torch CPU tensor or numpy array, or a sequence of them (one round)
@@ -49,7 +49,7 @@ class Communicator:
     def __init__(self, asked: Asked, node_options: Mapping[str, Any]) -> None:
         self.name = asked.who.name
         self._asked, self._node_options = asked, dict(node_options)
-        self._templates: dict[int, list[Any]] = {}  # what results of a tag look like
+        self._templates: dict[int, list[tn.Pattern]] = {}  # what results of a tag look like
         self._last_seq: dict[int, int] = {}
         self._ready = False
         self._left = False
@@ -165,19 +165,28 @@ class Communicator:
                 tn.in_place(tensor, f"tensor {n} of residual")
                 for n, tensor in enumerate(tn.listed(residual))
             ]
-        self._templates[tag] = [tn.empty_like(tensor) for tensor in places]
+        self._templates[tag] = [tn.pattern(tensor) for tensor in places]
+
+        def skip(node: Any) -> None:
+            work = node.begin(buffers, weight=0.0, **options)
+            self._shared.skipped.setdefault(tag, []).append(work)
 
         def begin(node: Any) -> Any:
             try:
                 return node.begin(
                     buffers, weight=weight, borrow=borrow, residual=feedback, **options
                 )
+            except MemoryError:
+                skip(node)
+                raise OutOfMemoryError(
+                    f"round of tag {tag}: no memory for the snapshot of its"
+                    f" {sum(map(tn.elements, given))} values; our contribution is skipped, the"
+                    " others go on without it. Use fewer values in a round, or borrow=True"
+                ) from None
             except ValueError as error:
                 if "contains NaN" not in str(error):
                     raise
-                self._shared.skipped.setdefault(tag, []).append(
-                    node.begin(buffers, weight=0.0, **options)
-                )
+                skip(node)
                 raise NotFiniteError(
                     f"round of tag {tag}: {str(error).replace('buffer', 'tensor')}; our"
                     " contribution is skipped, the others go on without it"
@@ -238,6 +247,7 @@ class Communicator:
 
     def _between(self, incarnation: int, error: RuntimeError) -> bool:
         """Did a call fail because this peer comes back as another incarnation?"""
+        check_memory(self.name, str(error))
         self._check_over()
         return incarnation != self._agent.shared.incarnation or "closed" in str(error)
 
@@ -435,17 +445,16 @@ class Communicator:
             return
         if shared.over_kind == "refused":
             raise RefusedError(f"the coordinator refuses this peer: {shared.over}")
+        check_memory(self.name, shared.over)
         raise LeftError(f"this peer is out of the run: {shared.over}")
 
     def _why(self) -> str:
         shared = self._agent.shared
         if shared.view == 0:
             return f"no view yet ({shared.waiting})"
-        active = sum(bool(row[2]) for row in shared.members)
-        role = (
-            "active" if any(r[0] == shared.peer and r[2] for r in shared.members) else "observing"
-        )
-        return f"this peer is {role}, {active} of {len(shared.members)} peers are active"
+        active = [row[0] for row in shared.members if row[2]]
+        role = "active" if shared.peer in active else "observing"
+        return f"this peer is {role}, {len(active)} of {len(shared.members)} peers are active"
 
 
 def join(
@@ -462,6 +471,8 @@ def join(
     timeout_s: float | None = None,  # None: wait for ever for the coordinator and the first view
     grace_s: float = 0.0,
     quorum: float = 1.0,
+    late_s: float | None = None,  # later than the others by so much: observing until it is
+    #                               current again; None: 4 grace_s, at least 2; 0: never
     insecure: bool = False,  # without a token, on a network where everybody is trusted
 ) -> Communicator:
     """Join a run; returns when the coordinator has welcomed this peer and `config` is known.
@@ -472,29 +483,16 @@ def join(
     """
     say_last_words()
     asked = ask(address, name, run, token_file, config, min_peers, listen, advertise, insecure)
-    options = {"grace_s": grace_s, "quorum": quorum, **asked.tls()}
+    bound_s = late_s if late_s is not None else max(2.0, 4 * grace_s) if grace_s > 0 else 0.0
+    options = {"grace_s": grace_s, "quorum": quorum, "done_bound_s": bound_s, **asked.tls()}
     comm = Communicator(asked, options)
     try:
-        _wait_for_welcome(comm, asked.address, timeout_s)
+        wait_for_welcome(comm, asked.address, timeout_s)
     except BaseException:
         comm.close()
         raise
     end_well(comm.leave)
     return comm
-
-
-def _wait_for_welcome(comm: Communicator, address: str, timeout_s: float | None) -> None:
-    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-    shared = comm._agent.shared
-    with shared.changed:
-        while not shared.welcome:
-            comm._check_over()
-            if time.monotonic() >= deadline_s:
-                raise UnreachableError(
-                    f"no coordinator answers at {address} within {timeout_s:g} s: check the"
-                    " address, that it runs, and that the port is open"
-                )
-            shared.changed.wait(SLICE_S)
 
 
 __all__ = ["Communicator", "MemberInfo", "Result", "Work", "join"]

@@ -35,6 +35,10 @@ class NotFiniteError(RoundError):
     """A contribution contains NaN or an infinity. The message names the tensor."""
 
 
+class OutOfMemoryError(Error, MemoryError):
+    """This process cannot have the memory that a round or a fetch needs. The others go on."""
+
+
 class WaitTimeoutError(Error):
     """The result is not there within the time the caller gave. The round goes on."""
 

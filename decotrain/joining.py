@@ -1,6 +1,7 @@
 """What a process needs to know to join a run: from arguments, the environment, and this machine.
 
-It opens no connection and sends nothing; a run of one gets its coordinator here.
+It opens no connection and sends nothing; a run of one gets its coordinator here, and who asked to
+join waits here for the coordinator's welcome.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import ipaddress
+import math
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decotrain.control import member as mb
 from decotrain.control.agent import new_peer_id
@@ -21,10 +24,14 @@ from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Secret, find, whole
 from decotrain.control.transport import check_name, check_trust, split_address
-from decotrain.errors import ConfigError
+from decotrain.errors import ConfigError, UnreachableError
 from decotrain.farewell import FILE
 
+if TYPE_CHECKING:
+    from decotrain.communicator import Communicator
+
 UNIX = "unix://"  # any free name
+WAIT_SLICE_S = 0.2  # so that an interrupt is seen
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
@@ -202,3 +209,17 @@ def _host_port(text: str, port: int) -> tuple[str, int]:
 
 def _tcp(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def wait_for_welcome(comm: Communicator, address: str, timeout_s: float | None) -> None:
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    shared = comm._agent.shared
+    with shared.changed:
+        while not shared.welcome:
+            comm._check_over()
+            if time.monotonic() >= deadline_s:
+                raise UnreachableError(
+                    f"no coordinator answers at {address} within {timeout_s:g} s: check the"
+                    " address, that it runs, and that the port is open"
+                )
+            shared.changed.wait(WAIT_SLICE_S)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from decotrain import tensors as tn
-from decotrain.errors import NotFiniteError, RoundError, WaitTimeoutError
+from decotrain.errors import NotFiniteError, OutOfMemoryError, RoundError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from decotrain.communicator import Communicator
 
 SLICE_S = 0.2  # of a wait, so that an interrupt is seen
 BROADCAST_TRIES = 100  # rounds without root, each after a view change
+NO_MEMORY = "out of memory"  # how the core begins to say so
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Work:
         for _ in range(BROADCAST_TRIES):
             if self._result is None:
                 self._result = self._finish(deadline_s)
+                self._work = None  # and with it the bytes of the result
             if self._again is None or self._result.contributors or self._result.outcome == "lost":
                 return self._result
             other = self._again()  # the root was gone: everybody sees that and begins again
@@ -143,10 +145,19 @@ def decode(held: Any, places: list[Any]) -> None:
             bring()
 
 
-def places_for(held: Any, template: list[Any] | None) -> list[Any]:
+def places_for(held: Any, template: list[tn.Pattern] | None) -> list[Any]:
     """Tensors for a result nobody asked for: like those of the tag's last round, or flat."""
-    if template is None or sum(map(tn.elements, template)) != held.elements:
+    if template is None or sum(one.elements for one in template) != held.elements:
         import numpy as np
 
         return [np.zeros(held.elements, dtype=np.float32)]
-    return [tn.empty_like(tensor) for tensor in template]
+    return [one.empty() for one in template]
+
+
+def check_memory(name: str, why: str) -> None:
+    """Raises what `why` says if that is a lack of memory."""
+    if NO_MEMORY in why:
+        raise OutOfMemoryError(
+            f"{name} is {why}: it has left the run and the others go on without it. Give the"
+            " process more memory or use fewer values in a round, then join again"
+        )

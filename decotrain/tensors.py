@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,23 @@ def in_place(tensor: Any, place: str) -> Any:
     return buffer
 
 
-def empty_like(tensor: Any) -> Any:
-    if is_torch(tensor):
+@dataclass(frozen=True)
+class Pattern:
+    """What a tensor looks like, without its memory."""
+
+    shape: tuple[int, ...]
+    elements: int
+    dtype: Any
+    device: Any  # None: an array of numpy
+
+    def empty(self) -> Any:
+        if self.device is None:
+            return np.empty(self.shape, self.dtype)
         import torch
 
-        return torch.empty_like(tensor, requires_grad=False)
-    return np.empty_like(tensor)
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+def pattern(tensor: Any) -> Pattern:
+    device = tensor.device if is_torch(tensor) else None
+    return Pattern(tuple(tensor.shape), elements(tensor), tensor.dtype, device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import coordinator_down, join, kills, link_drop, recovery, starts, storm
+from bench import coordinator_down, join, kills, link_drop, memory, recovery, starts, storm
 from bench.common import Settings
 
 GIVEN = {11: 1, 12: 2, 13: 4, 14: 8}
@@ -71,6 +71,18 @@ def test_storm() -> None:
     metrics = storm.run(Settings(quick=True, options=options)).rows[0]["metrics"]
     assert metrics["faults"]["median"] > 0
     assert metrics["descriptors_last"]["median"] > 10
+
+
+def test_memory() -> None:
+    report = memory.run(Settings(quick=True, options={"rounds": "2"}))
+    peers = 3
+    for row in report.rows:
+        held = row["metrics"]["buffers_times_encoded"]["median"]
+        snapshot = 0.0 if "borrowed" in row["case"]["variant"] else 1.0
+        # Results, and at the very most what the others contribute to our chunks. The pool's
+        # classes are at most an eighth larger than what is asked for.
+        assert 0.9 <= held <= (1 + snapshot + (peers - 1) / peers) * 9 / 8, row
+        assert row["metrics"]["left_mib"]["median"] < 0.5, row  # nothing is held after wait()
 
 
 def test_starts() -> None:

@@ -25,6 +25,7 @@ def plan(nodes: list[_core.Node]) -> dict[str, Any]:
         "reported": (1 << len(nodes)) - 1,
         "tags": [],
         "rounds": [],
+        "names": [],
     }
 
 

@@ -52,6 +52,7 @@ class Ours:
             "reported": (1 << self.peers) - 1,
             "tags": [],
             "rounds": [],
+            "names": [],
         }
         self.node.set_peers([(r + 1, r, who["addresses"]) for r, who in enumerate(everybody)])
         self.node.freeze(1, 1)

@@ -74,6 +74,11 @@ void Mesh::listen(const std::string& text) {
   listeners_.push_back({std::move(fd), address->is_unix()});
 }
 
+void Mesh::shut() {
+  for (const auto& [id, s] : streams_) s->channel.close();
+  listeners_.clear();
+}
+
 void Mesh::wake() {
   const std::uint64_t one = 1;
   // The counter can only be full when a wake-up is pending already.

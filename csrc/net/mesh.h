@@ -109,6 +109,9 @@ class Mesh {
   void reoffer(Clock now);
   // One turn: waits until something happens or `until`, handles it.
   void run_once(Clock until);
+  // Closes every socket, so that the others see at once that we are gone; the last call but the
+  // end.
+  void shut();
   // Makes a run_once on another thread return soon. The only call that any thread may make.
   void wake();
 

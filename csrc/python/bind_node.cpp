@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "node.h"
 #include "python/arrays.h"
 #include "python/maps.h"
@@ -415,6 +416,17 @@ void bind_results(nb::module_& m) {
 
 void bind_node(nb::module_& m) {
   using namespace decotrain;
+  m.def(
+      "pool_figures",
+      [](bool reset) {
+        const PoolFigures figures = pool_figures(reset);
+        Map out;
+        out["in_use_bytes"] = figures.in_use_bytes;
+        out["peak_bytes"] = figures.peak_bytes;
+        out["free_bytes"] = figures.free_bytes;
+        return out;
+      },
+      "reset_peak"_a = false, "Memory of all rounds of this process: in use, at most, kept free.");
   bind_results(m);
   bind_fetch(m);
   using Guard = nb::call_guard<nb::gil_scoped_release>;

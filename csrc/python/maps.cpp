@@ -151,8 +151,16 @@ nb::dict to_map(const Report& report) {
   nb::dict map;
   map["installed"] = report.installed;
   map["declared"] = report.declared;
+  nb::list names;
+  for (const auto& [slot, peer] : report.names) {
+    nb::list pair;
+    pair.append(slot);
+    pair.append(peer);
+    names.append(pair);
+  }
   map["tags"] = tags;
   map["rounds"] = rounds;
+  map["names"] = names;
   return map;
 }
 
@@ -196,6 +204,11 @@ Install install_from_map(const nb::dict& map) {
   }
   for (const nb::handle one : sequence(item(map, "rounds"), "rounds")) {
     plan.rounds.push_back(round_from_map(entry(one, "rounds")));
+  }
+  for (const nb::handle one : sequence(item(map, "names"), "names")) {
+    const nb::list pair = sequence(one, "names", 2);
+    plan.names.emplace_back(as<std::uint8_t>(pair[0], "names"),
+                            as<std::uint64_t>(pair[1], "names"));
   }
   return plan;
 }

@@ -317,6 +317,63 @@ TEST_CASE("results cover a tag whose state is at version 0, not one whose state 
   }
 }
 
+// A peer returned round 0, the others redo it without it: its branch is void (V11), and stays so
+// although it observes the round that takes its place.
+TEST_CASE("a branch that became void is not covered by the results that come after it") {
+  Group group(3);
+  group.engines[2]->declare({{0, -1}});
+  const RoundSpec spec = spec_for(Op::sum, 10, 64);
+  for (std::size_t i = 0; i < 3; ++i) group.begin(i, spec, std::vector<float>(10, 1.0f));
+  group.lost = [](std::size_t from, const Header& header) {
+    return from == 2 && header.type == FrameType::done;
+  };
+  group.pump();
+  group.lost = nullptr;
+  REQUIRE(group.engines[2]->ready(0, 0));
+  REQUIRE_FALSE(group.engines[0]->ready(0, 0));
+  Install next = group.install;
+  next.view.id += 1;
+  next.view.members[2].active = false;
+  next.answers = {1, 2};
+  next.reported = 3;
+  next.tags = {{0, -1, 0}};
+  for (auto& one : group.engines) {
+    one->freeze({1, 2});
+    REQUIRE(one->install(next, 0.0));
+  }
+  CHECK(group.engines[2]->take_result(0, 0).outcome == Outcome::lost);
+  group.pump();
+  REQUIRE(group.engines[0]->ready(0, 0));
+  REQUIRE(group.engines[2]->missed(0).size() == 1);
+  CHECK(group.engines[2]->freeze({1, 3}).tags[0].covered == -1);
+}
+
+// An owner on a slow link: nobody has its results, so nobody says DONE, and nobody is late with it.
+TEST_CASE("an owner that is late with its results is named, one of several that are not") {
+  EngineOptions options;
+  options.done_bound_s = 1.0;
+  Group group(4, options);
+  const RoundSpec spec = spec_for(Op::sum, 256, 64);  // a chunk for each of them
+  for (std::size_t i = 0; i < 4; ++i) group.begin(i, spec, std::vector<float>(256, 1.0f));
+  std::size_t late = 1;  // so many owners do not send their results
+  group.lost = [&](std::size_t from, const Header& header) {
+    return from >= 4 - late && header.type == FrameType::result;
+  };
+  SUBCASE("one of four") {}
+  SUBCASE("two of four: who is slow?") { late = 2; }
+  group.pump();
+  std::vector<PeerId> named;
+  for (double now = 0.0; now < 10.0; now += 0.25) {
+    group.engines[0]->tick(now);
+    for (const Event& event : group.engines[0]->take_events()) {
+      REQUIRE(event.kind == EventKind::late_done);
+      named.push_back(event.peer);
+      CHECK(now <= 2.0 * options.done_bound_s + 0.25);
+    }
+  }
+  CHECK(named == (late == 1 ? std::vector<PeerId>{103} : std::vector<PeerId>{}));
+}
+
 // The end of a round by the plan looks at the round after it: DONEs that this one has got in the
 // view before must not make it stable (simulator seed 1410).
 TEST_CASE("words of the view before do not end the round after the last stable one") {

@@ -187,19 +187,18 @@ void World::begin_some() {
 }
 
 void World::install(Peer& peer, const Install& made) {
-  if (!peer.engine->install(made, now)) return;
-  for (const Member& member : made.view.members) {
-    if (member.active) peer.met[member.slot] = member.peer;
-  }
+  peer.engine->install(made, now);
 }
 
-// Whoever is in a sum is named, also when it has left: by all who had it in a view of theirs.
+// Whoever is in a sum is named, also when it has left, and also by who came after that.
 void World::check_names(const Peer& peer, const RoundResult& result) {
   for (const auto& [slot, name] : result.peers) {
-    const auto met = peer.met.find(slot);
-    if (met == peer.met.end() || met->second == name) continue;
+    // A slot is given once here.
+    const auto who = std::find_if(peers_.begin(), peers_.end(),
+                                  [slot = slot](const Peer& one) { return one.slot == slot; });
+    if (who != peers_.end() && who->id == name) continue;
     violations_.push_back("peer " + std::to_string(peer.id) + " names " + std::to_string(name) +
-                          " in place of " + std::to_string(met->second));
+                          " as the contributor of slot " + std::to_string(slot));
   }
 }
 

@@ -42,7 +42,6 @@ struct Peer {
   std::map<std::uint32_t, State> state;
   std::map<std::uint32_t, std::uint64_t> begun;  // tag -> open round of ours
   std::map<std::pair<std::uint32_t, std::uint64_t>, std::uint64_t> returned;  // -> digest
-  std::map<std::uint8_t, PeerId> met;  // who was active in which slot, in views it installed
 };
 
 struct WorldOptions {

@@ -96,6 +96,9 @@ Install World::plan(const std::map<std::size_t, Report>& reports,
   for (const auto& [slot, report] : by_slot) {
     for (const RoundReport& one : report.rounds) rounds.insert({one.tag, one.seq});
   }
+  std::map<std::uint8_t, PeerId> names;
+  for (const auto& [slot, report] : by_slot) names.insert(report.names.begin(), report.names.end());
+  out.names.assign(names.begin(), names.end());
   for (const auto& [tag, seq] : rounds) {
     // A new generation may go back behind rounds that were open.
     const auto ahead = [&](const TagPlan& of) {

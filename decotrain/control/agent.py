@@ -75,7 +75,7 @@ class Shared:
     generation: int = 0
     members: list[list[Any]] = field(default_factory=list)
     over: str | None = None  # why there is no way back
-    over_kind: str = ""  # refused, evicted, left, broken
+    over_kind: str = ""  # refused, evicted, left, memory, broken
     open: set[tuple[int, int]] = field(default_factory=set)  # rounds others began and we did not
     routes: dict[int, int] = field(default_factory=dict)
 
@@ -105,6 +105,8 @@ class Agent:
         self.context: zmq.Context[Any] = zmq.Context()
         self.commands: deque[Any] = deque()
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.wake_lock = threading.Lock()  # a descriptor once closed may be somebody else's
+        self.awake = True
         self.stopping = False
         self.ready = False
         self.again_s: float | None = None
@@ -128,8 +130,9 @@ class Agent:
         self.thread.join()
 
     def _wake(self) -> None:
-        with suppress(OSError):  # full: it is awake anyway; closed: it has ended
-            os.write(self.wake_write, b"x")
+        with self.wake_lock, suppress(BlockingIOError):  # full: it is awake anyway
+            if self.awake:
+                os.write(self.wake_write, b"x")
 
     # --- the control thread
 
@@ -169,8 +172,10 @@ class Agent:
             self.node.close()
             self._disconnect()
             self.context.term()
-            os.close(self.wake_read)
-            os.close(self.wake_write)
+            with self.wake_lock:
+                self.awake = False
+                os.close(self.wake_read)
+                os.close(self.wake_write)
 
     def _turn(self) -> None:
         poller = select.poll()
@@ -297,8 +302,13 @@ class Agent:
         kind = event["kind"]
         if kind in ("link_up", "link_down"):
             self._step(mb.Link(event["peer"], kind == "link_up"))
+        elif kind == "broken":
+            self._end("memory" if "memory" in event["detail"] else "broken", event["detail"])
         elif kind == "diverged" and event["peer"] == self.member.me.peer:
-            self._void(event["detail"])
+            said = event["detail"]
+            if parse_digests(said):  # the others' word and ours, as the majority sees them
+                said = f"its bits diverged in round {event['tag']}/{event['seq']}: {said}"
+            self._void(said)
         elif kind in DOUBTS:
             doubt = mb.Doubt(
                 kind=kind,

@@ -47,6 +47,7 @@ _round_fields = {
     "digest": _words_column,
     "contributors": _words_column,
 }
+_names = sequence(row(integer(0, SLOTS - 1), integer(1, 2**64 - 1)), SLOTS)
 _report = record(
     installed=u64,
     declared=boolean,
@@ -60,6 +61,7 @@ _report = record(
         TAGS_MAX,
     ),
     rounds=sequence(record(begun=boolean, skipped=u64, **_round_fields), ROUNDS_MAX),
+    names=_names,
 )
 _install = record(
     view=record(
@@ -75,6 +77,7 @@ _install = record(
         record(stable=boolean, kind=_bytes_column, holders=_words_column, **_round_fields),
         ROUNDS_MAX,
     ),
+    names=_names,
 )
 _WORDS = ("received", "born", "digest", "contributors", "holders")
 
@@ -83,6 +86,7 @@ def check_report(value: Any) -> dict[str, Any]:
     report: dict[str, Any] = _report(value)
     _check_columns(report["rounds"])
     _check_unique(entry["tag"] for entry in report["tags"])
+    _check_unique(slot for slot, _ in report["names"])
     for entry in report["rounds"]:
         if any(slot != NO_SLOT and slot >= SLOTS for slot in entry["owner"]):
             raise MessageError("a round names a slot that does not exist")
@@ -97,6 +101,7 @@ def check_install(value: Any) -> dict[str, Any]:
     if slots != sorted(set(slots)):
         raise MessageError("the members of a view are not in the order of their slots")
     _check_unique(member[0] for member in install["view"]["members"])
+    _check_unique(slot for slot, _ in install["names"])
     for entry in install["rounds"]:
         if len(entry["kind"]) != len(entry["owner"]) or any(kind > 1 for kind in entry["kind"]):
             raise MessageError("a plan has an unknown kind of chunk")

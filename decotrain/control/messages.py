@@ -33,7 +33,7 @@ from decotrain.control.fields import (
 )
 from decotrain.errors import MessageError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MESSAGE_BYTES_MAX = 16 << 20  # a report names every chunk of every open round
 CONFIG_BYTES_MAX = 256 << 10
 FIGURES_MAX = 40

@@ -106,8 +106,18 @@ def make_plan(
             _round_plan(key, rounds[key], values[key], key[1] <= stable[key[0]], owners)
             for key in sorted(rounds)
         ],
+        "names": _names(sources),
     }
     return plan
+
+
+def _names(sources: list[_Source]) -> list[list[int]]:
+    """Whose contributions open rounds hold: they may have left before a newcomer came."""
+    names: dict[int, int] = {}
+    for source in sources:  # the newest view first
+        for slot, peer in source.report["names"]:
+            names.setdefault(slot, peer)
+    return [[slot, names[slot]] for slot in sorted(names)]
 
 
 def slots_in_use(reports: Mapping[int, Mapping[str, Any]]) -> int:

@@ -18,13 +18,13 @@ further from the end is an error that names the step: nothing is repaired by gue
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def layout_of(entries: Mapping[int, bytes]) -> tuple[tuple[int, int], ...]:
 
 
 class Writer:
-    """Appends records; each is handed to the system at once, and synced every `sync_every`."""
+    """Appends records; each is handed to the system at once, and synced every `sync_every`. One
+    that cannot be written (FileError) leaves nothing in the file: the log is good up to there."""
 
     def __init__(self, path: Path | str, header: Header, sync_every: int = 64) -> None:
         self.path = Path(path)
@@ -107,13 +108,18 @@ class Writer:
                     "name another file, or resume from its own base"
                 )
             if log.torn:
+                self.next_step = log.next_step
                 self._cut(log)
         else:
             write_atomically(self.path, header.to_bytes())
             log = read(self.path)
         self.next_step = log.next_step
         self._chain, self._layout, self._since_seal = log.chain, log.last_layout, log.since_seal
-        self._file = self.path.open("ab", buffering=0)
+        self._good_bytes = log.good_bytes
+        try:
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _cut(self, log: Log) -> None:
         if log.torn > TAIL_BYTES_MAX:
@@ -121,9 +127,18 @@ class Writer:
                 f"{self.path} is damaged at step {log.next_step}, {log.torn} bytes before its end: "
                 "restore it from a copy, or replay up to that step and begin a new log"
             )
-        with self.path.open("r+b") as file:
-            file.truncate(log.good_bytes)
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("r+b") as file:
+                file.truncate(log.good_bytes)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> FileError:
+        return FileError(
+            f"cannot write {self.path}: {error.strerror}; make room there and resume: the log is"
+            f" whole up to step {self.next_step}"
+        )
 
     def append(self, record: Record) -> None:
         if record.step != self.next_step:
@@ -136,35 +151,44 @@ class Writer:
         if flags:
             body += bytes([len(layout)]) + b"".join(bytes(pair) for pair in layout)
         body += b"".join(record.entries[slot] for slot, _ in layout)
-        data = b""
-        if self._since_seal == SEAL_EVERY:
-            self._chain = chained(self._chain, bytes([SEAL]))
-            data = bytes([SEAL]) + self._chain
-            self._since_seal = 0
-        self._chain = chained(self._chain, body)
-        self._layout = layout
-        self._since_seal += 1
-        self._write(data + body + self._chain[:CHECK])
+        data, chain, since_seal = b"", self._chain, self._since_seal
+        if since_seal == SEAL_EVERY:
+            chain = chained(chain, bytes([SEAL]))
+            data = bytes([SEAL]) + chain
+            since_seal = 0
+        chain = chained(chain, body)
+        self._write(data + body + chain[:CHECK])
+        self._chain, self._layout, self._since_seal = chain, layout, since_seal + 1
         self.next_step += 1
+        if self.next_step % self.sync_every == 0:
+            self._sync()
 
     def _write(self, data: bytes) -> None:
-        """What is written in part is cut off by whoever opens the log next."""
+        """All of it, or nothing."""
         try:
-            done = self._file.write(data)
-            if done != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if (self.next_step + 1) % self.sync_every == 0:
-                os.fsync(self._file.fileno())
+            if os.fstat(self._file.fileno()).st_size != self._good_bytes:
+                os.ftruncate(self._file.fileno(), self._good_bytes)  # what an error left
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) or 0 :]
         except OSError as error:
-            raise FileError(
-                f"cannot write {self.path}: {error.strerror}; make room there and resume: the log"
-                f" is whole up to step {self.next_step}"
-            ) from None
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._good_bytes)
+            raise self._failed(error) from error
+        self._good_bytes += len(data)
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                self._sync()
+            finally:
+                self._file.close()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ TICK_S = 0.05
 
 
 def empty_report(installed: int) -> dict[str, Any]:
-    return {"installed": installed, "declared": False, "tags": [], "rounds": []}
+    return {"installed": installed, "declared": False, "tags": [], "rounds": [], "names": []}
 
 
 @dataclass

@@ -41,6 +41,7 @@ def draw_world(draw: random.Random) -> tuple[list[Candidate], dict[int, Any], se
                 "declared": True,
                 "tags": [{"tag": 0, "state": True, "covered": covered, "stable": []}],
                 "rounds": [entry] if draw.random() < 0.9 else [],
+                "names": [[slot, peer]],
             }
         )
     staying = [one for one in enumerate(peers) if draw.random() < 0.8] or list(enumerate(peers))

@@ -7,7 +7,7 @@ It knows no protocol and trusts nobody's word but what peers did. Events (key `e
               held: {tag: last round whose effect or result the peer has} for tags with state
     begin     peer generation tag seq give            give: what it contributes, None for a skip
     return    peer view generation tag seq digest chunks
-              chunks: [[contributors (peers; 0: not known here), value], ...]; wait() returned
+              chunks: [[contributors (peers), value], ...]; wait() returned
               it as stable
     state     peer view generation tag version digest     after a result was applied or fetched
     value     peer view generation tag seq chunk digest   took a chunk's result from another peer
@@ -136,11 +136,8 @@ class Checker:
         last = self.last_returned.setdefault((generation, tag), {}).setdefault(peer, {})
         last[view] = max(last.get(view, -1), seq)
         for chunk, (contributors, value) in enumerate(event["chunks"]):
-            known = [one for one in contributors if one]
-            if len(set(known)) != len(known):
+            if len(set(contributors)) != len(contributors):
                 self._fail("counted-once", f"{where} chunk {chunk} names a contributor twice")
-            if 0 in contributors:
-                continue  # contributed before this peer was here
             strangers = [one for one in contributors if one not in self.was_active]
             if strangers:
                 self._fail("membership", f"{where} chunk {chunk} contains {strangers[0]:x}")
