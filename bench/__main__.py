@@ -43,6 +43,8 @@ SUITES = {
         "bench.wan.churn",
         "an hour of churn in ten minutes over flaky links: violations",
     ),
+    "wan-recovery": ("bench.wan.recovery", "recovery over each profile's links"),
+    "wan-join": ("bench.wan.join", "a newcomer over each profile's links, against one TCP stream"),
     "wan-training": ("bench.wan.training", "loss against wall-clock: the main job at home"),
     "wan-codecs": (
         "bench.wan.codecs",

@@ -18,10 +18,14 @@ import statistics
 import threading
 import time
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from bench.common import Report, Settings, log
 from bench.fleet import Fleet, Peer, ask_all, sleep_until
 from bench.kills import LEAD_S, MIB, judge, prepare, reduce
+
+if TYPE_CHECKING:
+    from bench.wan.lab import Lab
 
 AT = 0.5  # of the median round
 WARMUP = 3
@@ -131,11 +135,14 @@ class Bed:
         return taken
 
 
-def killed(report: Report, settings: Settings, mib: float, peers: int) -> None:
+def killed(
+    report: Report, settings: Settings, mib: float, peers: int, lab: Lab | None = None
+) -> None:
     """Death against the undisturbed remainder and against redoing."""
+    where = {"profile": lab.profile.name} if lab is not None else {}
     names = ("round", "round_of_survivors", "delay", "result", "redo", "seen", "view")
     rows: dict[str, list[float]] = {name: [] for name in names}
-    with Fleet(peers) as fleet:
+    with Fleet(peers, reports=lab is None, lab=lab) as fleet:
         bed = Bed(fleet, int(mib * MIB / 4), settings.seed)
         bed.fill()
         rounds = [bed.whole() for _ in range(WARMUP + 1)][WARMUP:]
@@ -153,7 +160,7 @@ def killed(report: Report, settings: Settings, mib: float, peers: int) -> None:
                 rows[name].append(taken[name])
             log(f"  { ({name: round(found[-1], 3) for name, found in rows.items()}) }")
     if not rows["result"]:
-        report.skip({"fault": "kill -9"}, "every round was over before the kill")
+        report.skip({**where, "fault": "kill -9"}, "every round was over before the kill")
         return
     delays, round_s = rows.pop("delay"), statistics.median(rounds)
     rows["remainder"] = [max(0.0, round_s - delay_s) for delay_s in delays]
@@ -162,7 +169,7 @@ def killed(report: Report, settings: Settings, mib: float, peers: int) -> None:
     if middle["redo"] > middle["remainder"]:
         extra_s = middle["result"] - middle["remainder"]
         millis["extra_over_redo"] = [extra_s / (middle["redo"] - middle["remainder"])]
-    report.add({"peers": peers, "MiB": mib, "fault": "kill -9"}, **millis)
+    report.add({**where, "peers": peers, "MiB": mib, "fault": "kill -9"}, **millis)
 
 
 def silent(report: Report, settings: Settings, mib: float, peers: int, stops: int) -> None:
@@ -188,6 +195,15 @@ def silent(report: Report, settings: Settings, mib: float, peers: int, stops: in
             report.add({"peers": peers, "MiB": mib, "fault": name}, bound_ms=bound_ms, **figures)
 
 
+def table_of(report: Report) -> None:
+    report.table(
+        "redo",
+        ["round_ms", "round_of_survivors_ms", "remainder_ms", "result_ms", "redo_ms",
+         "extra_over_redo"],
+        title="From the kill to the last result, ms", where={"fault": "kill -9"},
+    )  # fmt: skip
+
+
 def run(settings: Settings) -> Report:
     """The suite."""
     report = Report("recovery", "A peer dies at half of a round", settings)
@@ -197,12 +213,7 @@ def run(settings: Settings) -> Report:
     killed(report, settings, mib, peers)
     if stops:
         silent(report, settings, min(mib, 32.0), peers, stops)
-    report.table(
-        "redo",
-        ["round_ms", "round_of_survivors_ms", "remainder_ms", "result_ms", "redo_ms",
-         "extra_over_redo"],
-        title="From the kill to the last result, ms", where={"fault": "kill -9"},
-    )  # fmt: skip
+    table_of(report)
     report.table(
         "detection",
         ["bound_ms", "seen_ms", "view_ms", "result_ms"],

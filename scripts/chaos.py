@@ -100,6 +100,10 @@ class Storm:
         now_s = time.monotonic()
         due = [one for one in self.later if one[0] <= now_s]
         self.later = [one for one in self.later if one[0] > now_s]
+        for peer in [one for one in self.leaving if one.pipe.poll()]:
+            if peer.answer() == "left":  # its process, and its site, are free
+                self.leaving.remove(peer)
+                peer.end()
         for _, action in due:
             action()
 
@@ -171,8 +175,10 @@ class Storm:
             if peer not in self.leaving:
                 peer.ask(nothing)
         for peer in [*self.fleet.team, *self.leaving]:
-            peer.answer()  # that it has joined
-            if peer.answer() != "left":
+            word = peer.answer()
+            if isinstance(word, int):  # that it has joined
+                word = peer.answer()
+            if word != "left":
                 raise RuntimeError(f"{peer.name} did not leave")
 
     def wait_for_rounds(self, rounds: int, limit_s: float) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.common import Settings
-from bench.wan import churn, home, utilisation
+from bench.wan import churn, home, join, recovery, utilisation
 from bench.wan.sleeper import Clock, Model
 from bench.wan.utilisation import CASES, Case
 from decotrain.outer.schedule import Staggered
@@ -86,3 +86,10 @@ class TestLab:
         assert metrics["rounds"]["median"] > 3
         assert metrics["lost_percent"]["median"] > 0.3
         assert metrics["cuts"]["median"] >= 1
+
+    def test_recovery_and_join(self) -> None:
+        metrics = recovery.run(Settings(quick=True, repeats=1)).rows[0]["metrics"]
+        assert metrics["redo_ms"]["median"] > metrics["view_ms"]["median"] > 0
+        metrics = join.run(Settings(quick=True, repeats=1)).rows[0]["metrics"]
+        assert metrics["fetch_s"]["median"] > 0
+        assert 0 < metrics["link_share"]["median"] < 1
