@@ -1,9 +1,10 @@
 """A newcomer fetches a live run's state over the lab's links, against copying it from one peer.
 
 3 peers hold a state (bench/join.py), each at a site of its own; a fourth joins, fetches it from
-all of them and takes part. `over_copy` is the time that one TCP stream from one of them would need at the
-goodput it was measured to have on the same path just before (scp, wget), over ours. `link_share` is
-what the newcomer got of its downlink, or of the servers' uplinks together where these are less.
+all of them and takes part. `over_copy` is the time that one TCP stream from one of them would need
+at the goodput it was measured to have on the same path just before (scp, wget), over ours.
+`link_share` is what the newcomer got of its downlink, or of the servers' uplinks together where
+these are less.
 
 Options (`--set`): profiles=home,europe,transatlantic, mib=NUMBER (of state), peers=3.
 """
