@@ -20,6 +20,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bench.baselines import name_them
 from bench.common import Report, Settings, Stats, interleave, log
 
 KIB = 1024
@@ -227,4 +228,5 @@ def run(settings: Settings) -> Report:
     if "gloo" in names:
         report.table("times", "times_gloo", columns="transport", title="Speed, times Gloo's")
     report.note("Median [quartiles] over the samples; every sample after a warm-up, in turns.")
+    name_them(report)
     return report

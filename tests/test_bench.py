@@ -12,6 +12,7 @@ import pytest
 
 from bench import common
 from bench.__main__ import SUITES, main
+from bench.baselines import name_them
 from bench.common import CannotRunError, Report, Settings, Stats, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,16 @@ def test_an_unknown_suite_is_named() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "no such suite: nonsense, wan-homes (did you mean wan-home?)" in done.stderr
+
+
+def test_baselines_that_are_not_measured_are_named() -> None:
+    report = Report("example", "An example", Settings())
+    name_them(report)
+    assert {row["case"]["what"]: "skipped" in row for row in report.rows} == {
+        "PCCL": True,
+        "hivemind": True,
+    }
+    assert "PCCL is not installed" in common.markdown(report.data())
 
 
 def test_without_arguments_the_suites_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Mapping
 from typing import IO, Any
 
+from bench.baselines import name_them
 from bench.common import Report, Settings, interleave, log
 from bench.wan.lab import ROOT, Lab
 from bench.wan.profiles import PROFILES, Profile
@@ -211,4 +212,5 @@ def run(settings: Settings) -> Report:
                     title="A 64 KiB round at 90 ms RTT")  # fmt: skip
     report.note("goodput: 2 (n-1)/n x encoded bytes / time; link_percent: of the slowest site's "
                 "uplink, as IP packets, of which TCP payload can be 96.5 %.")  # fmt: skip
+    name_them(report)
     return report
