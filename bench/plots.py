@@ -8,6 +8,8 @@ from typing import Any
 
 from bench.common import selected
 
+LABELS_MAX = 70  # characters side by side under the bars; more are slanted
+
 
 def draw(data: Mapping[str, Any], plot: Mapping[str, Any], path: Path) -> Path:
     import matplotlib
@@ -29,6 +31,7 @@ def draw(data: Mapping[str, Any], plot: Mapping[str, Any], path: Path) -> Path:
     if len(series) > 1:
         axes.legend(title=plot["lines"])
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     figure.tight_layout()
     # No software version or date in the file: the same data gives the same bytes.
     figure.savefig(path, metadata={"Software": None})
@@ -66,3 +69,7 @@ def _bars(axes: Any, series: Mapping[str, list[tuple[Any, dict[str, Any]]]]) -> 
         at = [places.index(str(x)) + (number - (len(series) - 1) / 2) * width for x, _ in points]
         axes.bar(at, [s["median"] for _, s in points], width=width, label=name)
     axes.set_xticks(range(len(places)), places)
+    if sum(map(len, places)) > LABELS_MAX:
+        axes.tick_params(axis="x", labelrotation=30)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
