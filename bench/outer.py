@@ -12,17 +12,22 @@ other's turn on the processor included.
 `naive delay` (results one round late, nothing else) and `diloco, 30 % dropped` (each contribution
 left out with probability 0.3) are there to compare with.
 
-Options (`--set`): peers=4, steps=800, every=16, seeds=3, width=64, layers=4, context=64, batch=4,
-lr=3e-3, variants=a;b (names from the table; default: all), data=PATH (default: Python's sources).
+Options (`--set`): peers=4, steps=1200, every=24, seeds=3, width=160, layers=4, context=64, batch=4,
+lr=3e-3, variants=a;b (names from the table; default: all), data=PATH (default: Python's sources),
+keep=FOLDER (each case's figures are kept there and not measured again: a long run can be stopped
+and can be made in pieces, `variants` and `--seed` at a time, before the one that draws the tables).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,9 +126,9 @@ class Case:
         number = lambda key, default, quick: int(  # noqa: E731
             settings.option(key, str(quick if small else default))
         )
-        self.peers, self.steps = number("peers", 4, 2), number("steps", 800, 16)
-        self.every, self.batch = number("every", 16, 8), number("batch", 4, 1)
-        width, layers = number("width", 64, 16), number("layers", 4, 2)
+        self.peers, self.steps = number("peers", 4, 2), number("steps", 1200, 16)
+        self.every, self.batch = number("every", 24, 8), number("batch", 4, 1)
+        width, layers = number("width", 160, 16), number("layers", 4, 2)
         context = number("context", 64, 16)
         self.config = ModelConfig(layers, width, 2, 1, 2 * width, context)
         self.inner = InnerSettings(
@@ -133,6 +138,22 @@ class Case:
         self.corpus = open_corpus(settings.options.get("data"), context)
         self.figures: dict[int, dict[str, float]] = {}
         self.errors: list[BaseException] = []
+
+    def kept(self, folder: Path | None) -> dict[str, float]:
+        """What a run of this very case has measured before; else run it, and keep that."""
+        if folder is None:
+            return self.run()
+        facts = [self.name, self.seed, self.peers, self.steps, self.every, self.batch,
+                 repr(self.config), repr(self.inner), self.corpus.source]  # fmt: skip
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        path = folder / f"{key}.json"
+        if path.is_file():
+            figures: dict[str, float] = json.loads(path.read_text())["figures"]
+            return figures
+        figures = self.run()
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"case": facts, "figures": figures}, indent=1) + "\n")
+        return figures
 
     def run(self) -> dict[str, float]:
         """Metrics: the mean of peers, or their sum for bytes."""
@@ -216,6 +237,7 @@ def run(settings: Settings) -> Report:
     quick = ["ddp", "diloco", "streaming e2m1+int8", "sparseloco"] if settings.quick else VARIANTS
     chosen = settings.option("variants", ";".join(quick)).split(";")
     seeds = int(settings.option("seeds", "1" if settings.quick else "3"))
+    folder = Path(kept) if (kept := settings.option("keep", "")) else None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found: dict[str, dict[str, list[float]]] = {}
@@ -224,7 +246,7 @@ def run(settings: Settings) -> Report:
             for name in chosen:
                 started_s = time.perf_counter()
                 case = Case(settings, name, seed)
-                figures = case.run()
+                figures = case.kept(folder)
                 base = found.get("ddp", {}).get("held_out_nats", [])
                 if name == "ddp" or len(base) > seed - settings.seed:
                     ddp = figures["held_out_nats"] if name == "ddp" else base[-1]

@@ -71,8 +71,7 @@ class Communicator:
         """For each incarnation; on the control thread, but for the first."""
         if self._ready:
             self._shared.incarnated()
-        asked = self._asked
-        return Node(peer, asked.listen, asked.fingerprint, **self._node_options)
+        return Node(peer, self._asked.listen, self._asked.fingerprint, **self._node_options)
 
     # --- who is here
 
@@ -96,8 +95,7 @@ class Communicator:
     def view(self) -> tuple[int, int]:
         """(term, epoch) of the installed view; it only moves forward."""
         self._in_view()
-        view = self._agent.shared.view
-        return view >> 32, view & 0xFFFFFFFF
+        return divmod(self._agent.shared.view, 1 << 32)
 
     @property
     def slot(self) -> int:
@@ -120,6 +118,14 @@ class Communicator:
                 if any(row[0] == shared.peer for row in rows):
                     return rows
                 shared.changed.wait(SLICE_S)
+
+    def wait_until(self, true: Callable[[], Any], timeout_s: float) -> bool:
+        """Asks again whenever the view or the open rounds change; False when time is over."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._agent.shared.changed:
+            while not (found := true()) and (left_s := deadline_s - time.monotonic()) > 0:
+                self._agent.shared.changed.wait(min(SLICE_S, left_s))
+        return bool(found)
 
     # --- rounds
 
@@ -381,12 +387,8 @@ class Communicator:
         """Leave cleanly: rounds we contributed to count, nobody waits for a timeout."""
         if self._left:
             return
-        shared = self._agent.shared
-        deadline_s = time.monotonic() + timeout_s
         self._agent.post(mb.AskLeave())
-        with shared.changed:
-            while shared.over is None and time.monotonic() < deadline_s:
-                shared.changed.wait(SLICE_S)
+        self.wait_until(lambda: self._agent.shared.over is not None, timeout_s)
         self.close()
 
     def close(self) -> None:

@@ -115,6 +115,14 @@ class FakeComm:
     def _ahead(self, tag: int) -> bool:
         return any(c.versions.get(tag, -1) > self.versions[tag] for c in self.run.comms.values())
 
+    @property
+    def view(self) -> tuple[int, int]:
+        return 1, len(self.run.comms)
+
+    def wait_until(self, true: Callable[[], Any], timeout_s: float) -> bool:
+        with self.run.changed:
+            return bool(self.run.changed.wait_for(true, min(timeout_s, WAIT_S)))
+
     def version(self, tag: int) -> int:
         return self.versions[tag]
 

@@ -24,6 +24,17 @@ CHUNK = 4096  # values of which top-k keeps some
 HEAD = struct.Struct("<d")  # weight, before a sparse contribution
 
 
+@dataclass(frozen=True)
+class Contribution:
+    """What a peer brings to a round."""
+
+    values: Tensor  # flat float32; may be written to when the round has begun
+    weight: float
+    out: Tensor  # where a mean may be put; may be `values`
+    residual: Tensor | None = None  # of error feedback
+    state_digest: int = 0  # of the state that the values were computed from
+
+
 class Codec(Protocol):
     """The second of the four choices."""
 
@@ -32,16 +43,7 @@ class Codec(Protocol):
         """The sender adds what the codec lost to its next contribution."""
         ...
 
-    def begin(
-        self,
-        comm: Communicator,
-        tag: int,
-        values: Tensor,  # flat float32; may be written to when this returns
-        out: Tensor,  # where a mean may be put; may be `values`
-        weight: float,
-        residual: Tensor | None,
-        digest: int,  # of the state that values were computed from
-    ) -> Work:
+    def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         """Begins the tag's next round."""
         ...
 
@@ -68,27 +70,18 @@ class CodecChoice:
             raise ConfigError(f"codec={name}: {error}") from None
         return CodecChoice(contribution, result, error_feedback, decay)
 
-    def begin(
-        self,
-        comm: Communicator,
-        tag: int,
-        values: Tensor,
-        out: Tensor,
-        weight: float,
-        residual: Tensor | None,
-        digest: int,
-    ) -> Work:
-        if residual is not None and self.decay != 1.0:
-            residual.mul_(self.decay)
+    def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
+        if given.residual is not None and self.decay != 1.0:
+            given.residual.mul_(self.decay)
         return comm.all_reduce(
-            values,
+            given.values,
             tag=tag,
             codec=self.contribution,
             result_codec=self.result,
-            weight=weight,
-            out=out,
-            residual=residual,
-            state_digest=digest,
+            weight=given.weight,
+            out=given.out,
+            residual=given.residual,
+            state_digest=given.state_digest,
         )
 
     def mean(self, result: Result, elements: int) -> Tensor | None:
@@ -111,21 +104,13 @@ class TopK:
         if not 1 <= self.keep <= CHUNK:
             raise ConfigError(f"keep={self.keep}: top-k keeps 1 to {CHUNK} of every {CHUNK} values")
 
-    def begin(
-        self,
-        comm: Communicator,
-        tag: int,
-        values: Tensor,
-        out: Tensor,
-        weight: float,
-        residual: Tensor | None,
-        digest: int,
-    ) -> Work:
+    def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
+        residual = given.residual
         assert residual is not None, "top-k without error feedback loses nearly everything"
-        size = _core.topk_bytes(values.numel(), self.keep)
+        size = _core.topk_bytes(residual.numel(), self.keep)
         data = None
-        if weight > 0:
-            whole = torch.add(residual.mul_(self.decay), values, out=residual).numpy()
+        if given.weight > 0:
+            whole = torch.add(residual.mul_(self.decay), given.values, out=residual).numpy()
             packed = np.empty(size, dtype=np.uint8)
             if not _core.topk_encode(whole, self.keep, packed):
                 comm.collect(None, tag=tag, max_bytes=HEAD.size + size)
@@ -133,10 +118,10 @@ class TopK:
                     f"round of tag {tag}: a parameter contains NaN or infinity; our contribution is"
                     " skipped, the others go on without it"
                 )
-            sent = np.zeros(values.numel(), dtype=np.float32)
+            sent = np.zeros(residual.numel(), dtype=np.float32)
             _core.topk_add(packed, self.keep, -1.0, sent)
             residual.add_(torch.from_numpy(sent))
-            data = HEAD.pack(weight) + packed.tobytes()
+            data = HEAD.pack(given.weight) + packed.tobytes()
         return comm.collect(data, tag=tag, max_bytes=HEAD.size + size)
 
     def mean(self, result: Result, elements: int) -> Tensor | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError
 from decotrain.outer import saved
-from decotrain.outer.codec import CodecChoice
+from decotrain.outer.codec import CodecChoice, Contribution
 from decotrain.outer.optimizer import check_optimizers
 from decotrain.rounds import Work
 
 BUCKET_ELEMENTS = 1 << 20
 NEWCOMER_S = 60.0  # how long a newcomer is waited for, once
-LOOK_S = 0.05
+LOOK_AGAIN_S = 0.2  # results that were missed are no change that is told of
 
 
 class Bucket:
@@ -124,6 +124,7 @@ class GradientAveraging:
     def _start(self) -> None:
         """Hold what the others hold, all of it of one step."""
         while True:
+            seen = self._surroundings()
             for bucket in self.buckets:
                 self.comm.catch_up(bucket.tag, None, wait=True)
                 while not bucket.started.item():
@@ -131,7 +132,7 @@ class GradientAveraging:
                     self.comm.catch_up(bucket.tag, None, wait=True)
             if len({self._rounds(bucket) for bucket in self.buckets}) == 1 and self.comm.active:
                 break
-            time.sleep(LOOK_S)
+            self._wait_for_change(self._surroundings, seen, LOOK_AGAIN_S)
         self.global_step = self._rounds(self.buckets[0])
 
     @torch.no_grad()
@@ -171,9 +172,8 @@ class GradientAveraging:
         residual = self.residuals.get(bucket.tag)
         with torch.no_grad():
             values = bucket.gather()
-            bucket.work = self.codec.begin(
-                self.comm, bucket.tag, values, values, self.tokens, residual, 0
-            )
+            given = Contribution(values, self.tokens, values, residual)
+            bucket.work = self.codec.begin(self.comm, bucket.tag, given)
 
     def average(self) -> None:
         """Waits until the gradients are the mean of all peers'; who has lost the round fetches the
@@ -232,14 +232,26 @@ class GradientAveraging:
         """The state stands still while they fetch it; each is waited for once."""
         now_s = time.monotonic()
         while True:
-            waiting = [one.peer for one in self.comm.members if not one.active]
+            waiting = self._observers()
             for peer in waiting:
                 self._patience.setdefault(peer, now_s + NEWCOMER_S)
             if not self.comm.active:
                 return self._start()
-            if not any(self._patience[peer] > time.monotonic() for peer in waiting):
+            patience_s = max((self._patience[p] for p in waiting), default=0.0) - time.monotonic()
+            if patience_s <= 0:
                 return None
-            time.sleep(LOOK_S)
+            self._wait_for_change(self._observers, waiting, patience_s)
+
+    def _wait_for_change(self, look: Callable[[], Any], seen: Any, timeout_s: float) -> None:
+        """Until what is to be seen is no longer what was seen."""
+        self.comm.wait_until(lambda: look() != seen, timeout_s)
+
+    def _observers(self) -> list[int]:
+        return [one.peer for one in self.comm.members if not one.active]
+
+    def _surroundings(self) -> tuple[Any, ...]:
+        """What moves when others do something that may concern us."""
+        return self.comm.view, [self.comm.pending(bucket.tag) for bucket in self.buckets]
 
     # --- what others may ask
 

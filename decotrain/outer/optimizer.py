@@ -36,7 +36,7 @@ from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError
 from decotrain.outer import saved
 from decotrain.outer.background import in_background
-from decotrain.outer.codec import Codec, CodecChoice
+from decotrain.outer.codec import Codec, CodecChoice, Contribution
 from decotrain.outer.flight import Flight, Landed
 from decotrain.outer.fragment import Fragment
 from decotrain.outer.merge import Eager, Merge, Replace
@@ -214,10 +214,10 @@ class OuterOptimizer:
         digest = int.from_bytes(fragment.digest[:8], "little")
         tokens, fragment.tokens = fragment.tokens, 0.0
         before = residual.clone() if residual is not None else None
+        given = Contribution(delta, tokens, out, residual, digest)
 
         def fly() -> Landed:
-            work = self.codec.begin(self.comm, tag, delta, out, tokens, residual, digest)
-            result = work.wait()
+            result = self.codec.begin(self.comm, tag, given).wait()
             if result.outcome == "lost":
                 return Landed(lost=True)
             self._take(fragment, result)

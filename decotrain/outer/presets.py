@@ -8,6 +8,7 @@ same for `decotrain train`. lr=None is the published rate for the number of cont
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,33 +28,42 @@ from decotrain.outer.update import SGD, ClippedMomentum, DelayedNesterov, Nester
 Choices = dict[str, Any]  # the four, as OuterOptimizer takes them; ddp: as GradientAveraging does
 
 
-def local_sgd(
-    *, sync_every: int = 100, codec: str = "f32", error_feedback: bool = False
-) -> Choices:
+def coded(preset: Callable[..., Choices]) -> Callable[..., Choices]:
+    """Adds the two options of every preset that has no codec of its own: `codec` (one word, or
+    contributions+results) and `error_feedback`."""
+
+    @functools.wraps(preset)
+    def whole(*, codec: str = "f32", error_feedback: bool = False, **options: Any) -> Choices:
+        return {**preset(**options), "codec": CodecChoice.named(codec, error_feedback)}
+
+    both = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:2]
+    own = inspect.signature(preset)
+    options = [*own.parameters.values(), *both]
+    whole.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
+    return whole
+
+
+@coded
+def local_sgd(*, sync_every: int = 100) -> Choices:
     """The mean of the parameters, every `sync_every` steps."""
-    return {
-        "schedule": EveryH(sync_every),
-        "codec": CodecChoice.named(codec, error_feedback),
-        "update": SGD(1.0),
-    }
+    return {"schedule": EveryH(sync_every), "update": SGD(1.0)}
 
 
+@coded
 def diloco(
     *,
     sync_every: int = 100,
     lr: float | None = None,
     momentum: float = 0.9,  # 0.6 when the run has fewer than 100 rounds
-    codec: str = "f32",
-    error_feedback: bool = False,
 ) -> Choices:
     """Everything every `sync_every` steps, Nesterov outside, replace (arXiv 2311.08105)."""
     return {
         "schedule": EveryH(sync_every),
-        "codec": CodecChoice.named(codec, error_feedback),
         "update": Nesterov(lr, momentum),
     }
 
 
+@coded
 def streaming(
     *,
     sync_every: int = 100,
@@ -63,35 +73,31 @@ def streaming(
     alpha: float = 0.5,  # how much of the local parameters stays
     lr: float | None = None,
     momentum: float = 0.9,
-    codec: str = "f32",
-    error_feedback: bool = False,
 ) -> Choices:
     """One fragment of a few layers after the other, while training goes on (arXiv 2501.18512)."""
     return {
         "schedule": Staggered(sync_every, layers, pattern, overlap),
-        "codec": CodecChoice.named(codec, error_feedback),
         "update": Nesterov(lr, momentum),
         "merge": Mix(alpha) if alpha else Replace(),
     }
 
 
+@coded
 def eager(
     *,
     sync_every: int = 100,
     lr: float | None = 0.4,
     momentum: float = 0.9,
-    codec: str = "f32",
-    error_feedback: bool = False,
 ) -> Choices:
     """A whole round for the transfer, our own part of the mean at once (arXiv 2502.12996)."""
     return {
         "schedule": EveryH(sync_every, overlap=sync_every),
-        "codec": CodecChoice.named(codec, error_feedback),
         "update": Nesterov(lr, momentum),
         "merge": Eager(),
     }
 
 
+@coded
 def co2(
     *,
     sync_every: int = 48,
@@ -99,13 +105,10 @@ def co2(
     momentum: float = 0.0,  # up to 16 peers; 0.2 up to 32, 0.5 up to 64
     clip: float = 1.0,
     penalty: bool = True,
-    codec: str = "f32",
-    error_feedback: bool = False,
 ) -> Choices:
     """One round late, with a penalty on staleness and clipped momentum (arXiv 2401.16265)."""
     return {
         "schedule": EveryH(sync_every, overlap=sync_every),
-        "codec": CodecChoice.named(codec, error_feedback),
         "update": ClippedMomentum(lr, momentum, clip, penalty),
     }
 
@@ -117,19 +120,17 @@ def sparseloco(
     return {"schedule": EveryH(sync_every), "codec": TopK(keep, decay), "update": SGD(lr)}
 
 
+@coded
 def delayed_nesterov(
     *,
     sync_every: int = 50,  # of the fastest peer; the others enter with the steps they have
     delay: int = 4,  # contributions between two steps of the momentum: the number of peers
     lr: float | None = None,
     momentum: float = 0.9,
-    codec: str = "f32",
-    error_feedback: bool = False,
 ) -> Choices:
     """For peers of unequal speed that arrive one by one (arXiv 2401.09135)."""
     return {
         "schedule": EveryH(sync_every, hurry=True),
-        "codec": CodecChoice.named(codec, error_feedback),
         "update": DelayedNesterov(lr, momentum, delay),
     }
 
@@ -151,15 +152,13 @@ def muloco(
     }
 
 
+@coded
 def ddp(
     *,
-    codec: str = "f32",
-    error_feedback: bool = False,
     bucket_elements: int = BUCKET_ELEMENTS,
 ) -> Choices:
     """The mean of the gradients in every step: no outer optimizer, for comparison."""
     return {
-        "codec": CodecChoice.named(codec, error_feedback),
         "bucket_elements": bucket_elements,
     }
 
