@@ -67,6 +67,7 @@ class Script:
     waived: set[tuple[int, int]] = field(default_factory=set)
     tokens: Callable[[int], float] = lambda peer: 1.0
     make: Callable[[int], nn.Module] = deep
+    dies: dict[int, int] = field(default_factory=dict)  # peer -> the step in whose round it dies
 
 
 @dataclass
@@ -147,30 +148,39 @@ def streaming(
     return out
 
 
-def eager(
-    script: Script, every: int, lr: float, momentum: float
-) -> list[dict[int, Tensor]]:  # fmt: skip
-    """Each peer has a theta and an m of its own (Kale et al. 2025); nobody is waived."""
+def eager(script: Script, every: int, lr: float, momentum: float) -> list[dict[int, Tensor]]:
+    """Each peer has a theta and an m of its own (Kale et al. 2025); nobody is waived.
+
+    A newcomer's are what they would be had it always moved by the means alone.
+    """
     naive = Naive(script)
     start = naive.start()
+    zero = torch.zeros_like(start)
     theta: dict[int, Tensor] = {}
     m: dict[int, Tensor] = {}
-    before: dict[int, Tensor] = {}
-    mean = torch.zeros_like(start)
+    own: dict[int, Tensor] = {}  # each peer's part of the mean that is on its way
+    common, common_m = start, zero  # moved by the means that have come in
+    mean = zero
     out = []
     for t in range(1, script.steps + 1):
-        peers = naive.inner_steps(t, start, [0])
+        landed_m = momentum * common_m + mean
+        landed = common - lr * (mean + momentum * landed_m)
+        newcomers = set(script.present(t)) - set(naive.replicas)
+        peers = naive.inner_steps(t, landed, [0])
+        for i in newcomers:
+            theta[i], m[i], own[i] = common, common_m, zero
         if t % every == 0:
             deltas = {}
             for i in peers:
-                at = theta.setdefault(i, start)
-                deltas[i] = at - vector(naive.replicas[i])
-                g = mean + (deltas[i] - before.get(i, torch.zeros_like(start))) / len(peers)
-                m[i] = momentum * m.get(i, torch.zeros_like(start)) + g
-                theta[i] = at - lr * (g + momentum * m[i])
+                began = i in theta and own[i] is not zero
+                deltas[i] = (theta[i] if began else landed) - vector(naive.replicas[i])
+                g = mean - own[i] + deltas[i] / len(peers)
+                m[i] = momentum * m[i] + g
+                theta[i] = theta[i] - lr * (g + momentum * m[i])
+                own[i] = deltas[i] / len(peers)
                 assign(naive.replicas[i], theta[i])
+            common, common_m = landed, landed_m
             mean, _ = naive.mean(deltas, 0, t // every)
-            before = deltas
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 
@@ -186,11 +196,15 @@ def late(
     memory: dict[str, Any] = {}
     flying: tuple[Tensor, set[int], dict[int, Tensor]] | None = None
     tokens: dict[int, float] = {}
+    base: dict[int, Tensor] = {}  # where a peer's present steps began
     out = []
     for t in range(1, script.steps + 1):
-        peers = naive.inner_steps(t, theta, [0])
+        landed = theta if flying is None else apply(theta, flying[0], dict(memory))
+        newcomers = set(script.present(t)) - set(naive.replicas)
+        peers = naive.inner_steps(t, landed, [0])
+        base |= dict.fromkeys(newcomers, landed)
         if t % every == 0:
-            deltas = {i: theta - vector(naive.replicas[i]) for i in peers}
+            deltas = {i: base[i] - vector(naive.replicas[i]) for i in peers}
             lost: dict[int, Tensor] = {}
             if flying is not None:
                 delta, counted, sent = flying
@@ -199,6 +213,7 @@ def late(
             given = {i: naive.tokens[i, 0] for i in peers}
             flying = (*naive.mean(deltas, 0, t // every), deltas)
             for i in peers:  # progress that did not count goes with the next round, and its tokens
+                base[i] = theta
                 assign(naive.replicas[i], theta - lost.get(i, 0.0))
                 naive.tokens[i, 0] = tokens.get(i, 0.0) if i in lost else 0.0
             tokens = given
@@ -263,7 +278,7 @@ def sparse(script: Script, every: int, keep: int, decay: float) -> list[dict[int
     for t in range(1, script.steps + 1):
         peers = naive.inner_steps(t, theta, [0])
         if t % every == 0:
-            total = torch.zeros_like(theta)
+            sents = {}
             for i in peers:
                 e = decay * residual.get(i, torch.zeros_like(theta))
                 e = e + theta - vector(naive.replicas[i])
@@ -272,8 +287,8 @@ def sparse(script: Script, every: int, keep: int, decay: float) -> list[dict[int
                 sent = np.zeros(e.numel(), np.float32)
                 assert _core.topk_add(data, keep, 1.0, sent)
                 residual[i] = e - torch.from_numpy(sent).double()
-                total += torch.from_numpy(sent).double() / len(peers)
-            theta = theta - total
+                sents[i] = torch.from_numpy(sent).double()
+            theta = theta - naive.mean(sents, 0, t // every)[0]
             for i in peers:
                 assign(naive.replicas[i], theta)
         out.append({i: vector(naive.replicas[i]) for i in peers})

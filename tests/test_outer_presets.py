@@ -41,8 +41,9 @@ def lockstep(script: Script, make_outer: Make) -> tuple[list[dict[int, Tensor]],
         model = script.make(1 if peer == 1 else 50 + peer)
         inner = torch.optim.SGD(model.parameters(), lr=naive.INNER_LR)
         for t in range(1, script.steps + 1):
+            dies = script.dies.get(peer) == t
             here = peer in script.present(t)
-            if not here and peer in run.active:
+            if not here and not dies and peer in run.active:
                 run.remove(peer)
             if here and peer not in outers:
                 comm = run.comms.get(peer) or run.comm(peer)
@@ -54,6 +55,9 @@ def lockstep(script: Script, make_outer: Make) -> tuple[list[dict[int, Tensor]],
                 inner.step()
                 inner.zero_grad()
             barrier.wait()
+            if dies:
+                wait_for_round(run, but=peer)
+                run.remove(peer)
             if here:
                 outers[peer].step(script.tokens(peer))
                 if isinstance(outers[peer], OuterOptimizer):
@@ -65,6 +69,17 @@ def lockstep(script: Script, make_outer: Make) -> tuple[list[dict[int, Tensor]],
 
     run_peers(run, everybody, body)
     return history, outers
+
+
+def wait_for_round(run: FakeRun, but: int) -> None:
+    """Until everybody else has begun a round that cannot end yet."""
+
+    def begun() -> bool:
+        others = run.active - {but}
+        return any(r.result is None and others <= set(r.given) for r in run.rounds.values())
+
+    with run.changed:
+        assert run.changed.wait_for(begun, WAIT_S)
 
 
 def same(found: list[dict[int, Tensor]], expected: list[dict[int, Tensor]]) -> None:
@@ -117,6 +132,22 @@ def test_streaming(
         assert all(name.startswith(tuple(group)) for name in of_fragment)
 
 
+def test_a_peer_that_dies_in_a_round_is_in_no_mean_and_moves_no_schedule() -> None:
+    """A7: the survivors' mean is that of the survivors, and the other fragments' steps stay."""
+    script = Script(40, lambda t: [1] + [2] * (t < 24) + [3], dies={2: 24})
+    found, outers = lockstep(
+        script,
+        lambda m, o, c: make(
+            "streaming", m, o, c, sync_every=12, layers=2, overlap=2, lr=0.6, momentum=0.9
+        ),
+    )
+    same(found, naive.streaming(script, STRIDED, 12, 2, 0.5, 0.6, 0.9))
+    assert [outers[1].rounds(tag) for tag in range(3)] == [3, 2, 2]
+    contributors = [r.result.contributors for r in outers[1].comm.run.rounds.values() if r.result]
+    assert (1, 2, 3) in contributors
+    assert (1, 3) in contributors
+
+
 def test_streaming_of_one_fragment_without_overlap_is_diloco_to_the_bit() -> None:
     """A4."""
     script = Script(24, three)
@@ -142,22 +173,29 @@ def test_streaming_of_one_fragment_without_overlap_is_diloco_to_the_bit() -> Non
             assert torch.equal(found[peer], expected[peer])
 
 
-def test_eager() -> None:
-    script = Script(30, three)
+@pytest.mark.parametrize("present", [three, changing])
+def test_eager(present: Any) -> None:
+    script = Script(36, present)
     found, _ = lockstep(
-        script, lambda m, o, c: make("eager", m, o, c, sync_every=5, lr=0.4, momentum=0.9)
+        script, lambda m, o, c: make("eager", m, o, c, sync_every=6, lr=0.4, momentum=0.9)
     )
-    same(found, naive.eager(script, 5, 0.4, 0.9))
+    same(found, naive.eager(script, 6, 0.4, 0.9))
 
 
-@pytest.mark.parametrize("waived", [set(), {(1, 2), (3, 2), (2, 4)}], ids=["all", "waived"])
+@pytest.mark.parametrize(
+    ("present", "waived"),
+    [(three, set()), (three, {(1, 2), (3, 2), (2, 4)}), (changing, {(3, 4)})],
+    ids=["all", "waived", "membership"],
+)
 @pytest.mark.parametrize("clip", [1.0, 0.01])
-def test_co2_penalty_and_clip_included(waived: set[tuple[int, int]], clip: float) -> None:
-    script = Script(30, three, waived)
+def test_co2_penalty_and_clip_included(
+    present: Any, waived: set[tuple[int, int]], clip: float
+) -> None:
+    script = Script(36, present, waived)
     found, outers = lockstep(
-        script, lambda m, o, c: make("co2", m, o, c, sync_every=5, momentum=0.5, clip=clip)
+        script, lambda m, o, c: make("co2", m, o, c, sync_every=6, momentum=0.5, clip=clip)
     )
-    same(found, naive.late(script, 5, naive.co2(0.5, clip)))
+    same(found, naive.late(script, 6, naive.co2(0.5, clip)))
     held = outers[1].fragments[0].buffers["momentum"].abs().max()
     assert (float(held) == pytest.approx(0.01)) == (clip == 0.01), "the clip is a no-op"
 
@@ -191,27 +229,35 @@ def test_presets_that_synchronise_everything_at_once(name: str) -> None:
     same(found, naive.streaming(script, groups, 6, 0, 0.0, lr, momentum))
 
 
-def test_delayed_nesterov_takes_arrivals_one_by_one() -> None:
+@pytest.mark.parametrize(
+    ("present", "waived"),
+    [(three, {(1, 1), (2, 1), (3, 2), (1, 3), (3, 3)}), (changing, {(1, 3)})],
+    ids=["waived", "membership"],
+)
+def test_delayed_nesterov_takes_arrivals_one_by_one(
+    present: Any, waived: set[tuple[int, int]]
+) -> None:
     """Rounds in which some are late: k contributors are k arrivals of the published rule."""
-    script = Script(24, three, {(1, 1), (2, 1), (3, 2), (1, 3), (3, 3)})
+    script = Script(36, present, waived)
     found, outers = lockstep(
         script,
         lambda m, o, c: make(
-            "delayed_nesterov", m, o, c, sync_every=4, delay=3, lr=0.5, momentum=0.9
+            "delayed_nesterov", m, o, c, sync_every=6, delay=3, lr=0.5, momentum=0.9
         ),
     )
-    expected = naive.delayed(script, 4, 3, 0.5, 0.9)
-    assert_close(vector(outers[2].model), expected[-1][2])
+    expected = naive.delayed(script, 6, 3, 0.5, 0.9)
+    assert_close(vector(outers[1].model), expected[-1][1])
     same(found, expected)
 
 
-def test_sparseloco() -> None:
+@pytest.mark.parametrize("present", [three, changing])
+def test_sparseloco(present: Any) -> None:
     """Top-k by the core (its own tests say what that is), everything else by the formula."""
-    script = Script(24, three)
+    script = Script(36, present)
     found, outers = lockstep(
-        script, lambda m, o, c: make("sparseloco", m, o, c, sync_every=4, keep=20, decay=0.9)
+        script, lambda m, o, c: make("sparseloco", m, o, c, sync_every=6, keep=20, decay=0.9)
     )
-    same(found, naive.sparse(script, 4, 20, 0.9))
+    same(found, naive.sparse(script, 6, 20, 0.9))
     assert outers[1].residuals[0].any()
 
 
