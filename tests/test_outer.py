@@ -277,55 +277,7 @@ def test_a_lost_round_costs_a_fetch_and_no_inner_step() -> None:
     assert done[2][2] > 0
 
 
-# --- any model, any inner optimizer
-
-
-class Odd(nn.Module):
-    """bf16, a tied matrix, a frozen one and one that no loss reaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 5, bias=False)
-        self.second = nn.Linear(5, 5, bias=False)
-        self.second.weight = self.first.weight
-        self.frozen = nn.Parameter(torch.full((5,), 0.5), requires_grad=False)
-        self.unused = nn.Parameter(torch.ones(3))
-        self.last = nn.Linear(5, 3)
-        self.bfloat16()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.last(self.second(self.first(x).relu()) * self.frozen)
-        return out
-
-
-def test_bf16_tied_frozen_and_unused_parameters_with_adam() -> None:
-    run = FakeRun(2)
-    comms = {peer: run.comm(peer) for peer in (1, 2)}
-
-    def body(peer: int) -> tuple[str, Odd, OuterOptimizer]:
-        torch.manual_seed(peer)
-        model = Odd()
-        inner = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-        outer = make("diloco", model, inner, comms[peer], sync_every=2)
-        for step in range(6):
-            loss_of(model, batch(peer, step)).backward()
-            inner.step()
-            inner.zero_grad()
-            outer.step()
-        return outer.digest(), model, outer
-
-    done = run_peers(run, [1, 2], body)
-    (one, model, outer), (two, _, _) = done[1], done[2]
-    assert one == two
-    names = [name for fragment in outer.fragments for name in fragment.parameters]
-    assert names == ["unused", "first.weight", "last.weight", "last.bias"]
-    assert model.second.weight is model.first.weight
-    assert model.first.weight.dtype == torch.bfloat16
-    assert model.frozen.tolist() == [0.5] * 5
-    theta = outer.fragments[0].theta
-    assert theta.dtype == torch.float32
-    span = outer.fragments[0].spans["first.weight"]
-    assert torch.equal(model.first.weight.detach().flatten(), theta[span].bfloat16())
+# --- what others may ask
 
 
 def test_swapped_shows_the_outer_parameters_and_gives_the_local_ones_back() -> None:
