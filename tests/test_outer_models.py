@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from decotrain.errors import ConfigError
 from decotrain.outer import PRESETS, OuterOptimizer, make
 from tests.fake_comm import FakeRun
 from tests.outer_runs import MAKING, batch, loss_of, run_peers
@@ -104,3 +105,74 @@ def test_local_parameters_in_bf16_are_the_outer_ones_rounded() -> None:
     theta, span = outer.fragments[0].theta, outer.fragments[0].spans["first.weight"]
     assert torch.equal(model.first.weight.detach().flatten(), theta[span].bfloat16())
     assert not torch.equal(theta, theta.bfloat16().float()), "theta is no more precise than w"
+
+
+# --- outer state on a device: here the "device" is the CPU again, with memory of its own
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"ddp"}))
+def test_outer_steps_on_a_device_give_the_bits_of_the_host(name: str, device: str) -> None:
+    """Peer 2 works on the device, peer 1 in host memory; peer 3 comes late and fetches, and a round
+    is lost to it. All hold the same bits, and what is saved on a device resumes on the host."""
+    run = FakeRun(2)
+    for peer in (1, 2):
+        run.comm(peer)
+    options = {"sync_every": 2} | OPTIONS.get(name, {})
+    places = {1: None, 2: device, 3: device}
+    state: dict[int, Any] = {}
+
+    def begin(peer: int, saved: Any = None) -> Any:
+        with MAKING:
+            torch.manual_seed(peer)
+            model = Odd().float()
+        outer = make(
+            name,
+            model,
+            grouped(model),
+            run.comms[peer],
+            device=places[peer],
+            state=saved,
+            **options,
+        )
+        return model, outer
+
+    def go(peer: int, pair: Any, steps: int) -> Any:
+        model, outer = pair
+        inner = grouped(model)
+        until = outer.global_step + steps
+        while outer.global_step < until:
+            loss_of(model, batch(peer, outer.global_step)).backward()
+            inner.step()
+            inner.zero_grad()
+            outer.step()
+        outer.settle()
+        return pair
+
+    pairs = run_peers(run, [1, 2], lambda peer: go(peer, begin(peer), 8))
+    last = max(seq for tag, seq in run.rounds if tag == 0)
+    run.lost.add((3, last + 2))
+    run.comm(3)
+    pairs[3] = begin(3)
+    run_peers(run, [1, 2, 3], lambda peer: go(peer, pairs[peer], 16))
+    for peer, (_, outer) in pairs.items():
+        for f in outer.fragments:
+            assert torch.equal(f.theta.cpu(), f.served["theta"]), "served is what was not moved"
+            for key, tensor in f.state.items():
+                assert torch.equal(tensor, pairs[1][1].fragments[f.tag].state[key]), (peer, key)
+        state[peer] = outer.state_dict()
+    theta = pairs[2][1].fragments[0].theta
+    assert theta is not pairs[2][1].fragments[0].served["theta"]
+    assert run.comms[3].fetches >= 1
+    run = FakeRun(1)
+    run.comm(1)
+    _, resumed = begin(1, state[2])
+    assert resumed.digest() == pairs[2][1].digest()
+
+
+def test_ddp_has_nothing_to_put_on_a_device() -> None:
+    model = Odd()
+    with pytest.raises(ConfigError, match="no outer state"):
+        make("ddp", model, grouped(model), FakeRun(1).comm(1), device="cpu")

@@ -110,7 +110,7 @@ class TopK:
         size = _core.topk_bytes(residual.numel(), self.keep)
         data = None
         if given.weight > 0:
-            whole = torch.add(residual.mul_(self.decay), given.values, out=residual).numpy()
+            whole = residual.mul_(self.decay).add_(given.values.cpu()).numpy()
             packed = np.empty(size, dtype=np.uint8)
             if not _core.topk_encode(whole, self.keep, packed):
                 comm.collect(None, tag=tag, max_bytes=HEAD.size + size)

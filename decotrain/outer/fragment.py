@@ -3,6 +3,9 @@
 One contiguous buffer each, so that a round is one tensor and a newcomer can fetch it as it lies.
 The model's own parameters may have any floating dtype and device; they are read and written
 here, span by span. Nothing here communicates.
+
+What is shared lies in host memory, where it is served from. With a `device` there is a copy of it
+to work on, there: `push` and `pull` keep the two equal. Without one, the two are the same memory.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ class Fragment:
         parameters: dict[str, nn.Parameter],
         buffer_names: Sequence[str],
         scalar_names: Sequence[str],
+        device: torch.device | str | None = None,  # to work on; None: in host memory, no copy
     ) -> None:
         self.tag = tag
         self.parameters = parameters
@@ -33,22 +37,44 @@ class Fragment:
             end += parameter.numel()
         self.elements = end
         # shared: bit-equal on every peer that holds the same version
-        self.theta = torch.empty(end, dtype=torch.float32)
-        self.buffers = {name: torch.zeros(end, dtype=torch.float32) for name in buffer_names}
+        names = ("theta", *buffer_names)
+        self.served = {name: torch.zeros(end, dtype=torch.float32) for name in names}
+        worked = self.served
+        if device is not None:
+            worked = {name: tensor.to(device, copy=True) for name, tensor in self.served.items()}
+        self.theta = worked["theta"]
+        self.buffers = {name: worked[name] for name in buffer_names}
         self.scalars = {name: torch.zeros(1, dtype=torch.float64) for name in scalar_names}
         self.started = torch.zeros(1, dtype=torch.int64)  # version after the broadcast; 0: not yet
         # ours
-        self.base = torch.empty(end, dtype=torch.float32)  # what pseudo-gradients are measured from
+        self.base = torch.empty_like(self.theta)  # what pseudo-gradients are measured from
         self.tokens = 0.0  # weight of the local progress that no round has carried yet
         self.version = 0  # rounds whose result has entered the local parameters
         self.digest = b""  # of the shared state at that version
         self.read_local(self.theta)
         self.base.copy_(self.theta)
+        self.push()
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What is shared."""
-        return {"theta": self.theta, "started": self.started, **self.buffers, **self.scalars}
+        """What is shared, where it is served from."""
+        return {**self.served, "started": self.started, **self.scalars}
+
+    def push(self) -> None:
+        """The outer step was made on the device: served is what it gave."""
+        for name, tensor in self._worked():
+            self.served[name].copy_(tensor)
+
+    def pull(self) -> None:
+        """The shared state was fetched or loaded: the device follows."""
+        for name, tensor in self._worked():
+            tensor.copy_(self.served[name])
+
+    def _worked(self) -> Iterator[tuple[str, Tensor]]:
+        """What has a copy on a device."""
+        for name, tensor in {"theta": self.theta, **self.buffers}.items():
+            if tensor is not self.served[name]:
+                yield name, tensor
 
     def state_digest(self) -> bytes:
         """SHA-256 of what is shared, without the version."""

@@ -180,14 +180,18 @@ def make(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     comm: Communicator,
     *,
+    device: torch.device | str | None = None,
     state: dict[str, Any] | None = None,
     **options: Any,
 ) -> OuterOptimizer | GradientAveraging:
-    """The outer optimizer of that name, with options of its own."""
+    """The outer optimizer of that name, with options of its own. device: see OuterOptimizer."""
     known = options_of(name)
     for option in options:
         if option not in known:
             raise ConfigError(f"{name} has no option {option}; there are {', '.join(known)}")
     if name == "ddp":
+        if device is not None:
+            raise ConfigError("ddp has no outer state to put on a device; leave device= out")
         return GradientAveraging(model, optimizer, comm, **ddp(**options), state=state)
-    return OuterOptimizer(model, optimizer, comm, **PRESETS[name](**options), state=state)
+    choices = PRESETS[name](**options)
+    return OuterOptimizer(model, optimizer, comm, **choices, device=device, state=state)

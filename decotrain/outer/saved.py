@@ -47,7 +47,7 @@ def save(outer: OuterOptimizer) -> dict[str, Any]:
         }
     return {
         "shared": shared,
-        "private": private,
+        "private": {key: tensor.cpu() for key, tensor in private.items()},
         "facts": {
             "step": outer.global_step,
             "versions": [outer.comm.version(f.tag) for f in outer.fragments],
@@ -81,6 +81,7 @@ def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
     outer.global_step = int(facts["step"])
     for f in outer.fragments:
         put(state["shared"], {f"{f.tag}.{key}": t for key, t in f.state.items()})
+        f.pull()
         f.base.copy_(f.theta)
         if private is None:
             f.write(f.theta)
@@ -94,17 +95,20 @@ def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
         f.digest = bytes.fromhex(facts["digests"][f.tag])
         f.tokens = float(facts["tokens"][f.tag])
         if (flight := facts["flights"].get(str(f.tag))) is not None:
-            outer._flights[f.tag] = _flight(f.tag, flight, private, outer.comm.peer)
+            peer, device = outer.comm.peer, f.theta.device
+            outer._flights[f.tag] = _flight(f.tag, flight, private, peer, device)
     return versions
 
 
-def _flight(tag: int, facts: dict[str, Any], private: dict[str, Tensor], peer: int) -> Flight:
+def _flight(
+    tag: int, facts: dict[str, Any], private: dict[str, Tensor], peer: int, device: torch.device
+) -> Flight:
     """A round that was under way has landed since; only its result is still to be used."""
     others = range(1, int(facts["contributors"]) + (0 if facts["counted"] else 1))
     return Flight(
         due=int(facts["due"]),
         tokens=float(facts["tokens"]),
-        delta=private[f"{tag}.sent"].clone(),
+        delta=private[f"{tag}.sent"].to(device, copy=True),
         residual=private.get(f"{tag}.residual_before"),
         done=ready(
             Landed(
