@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from decotrain.communicator import Result
 from decotrain.errors import ConfigError
 from decotrain.outer import PRESETS, OuterOptimizer, make
 from tests.fake_comm import FakeRun
@@ -176,3 +177,24 @@ def test_ddp_has_nothing_to_put_on_a_device() -> None:
     model = Odd()
     with pytest.raises(ConfigError, match="no outer state"):
         make("ddp", model, grouped(model), FakeRun(1).comm(1), device="cpu")
+
+
+def test_results_after_a_fetch_move_what_was_fetched() -> None:
+    """One catch_up may do both: the copy on the device is old when the first result comes."""
+    run = FakeRun(1)
+    model = Odd().float()
+    comm = run.comm(1)
+    outer = make("local_sgd", model, grouped(model), comm, sync_every=2, device="cpu")
+    fragment = outer.fragments[0]
+    fetched, delta = torch.full_like(fragment.theta, 3.0), torch.full_like(fragment.theta, 0.5)
+
+    def catch_up(tag: int, apply: Any, **_: Any) -> int:
+        fragment.served["theta"].copy_(fetched)
+        comm.versions[tag] += 4
+        apply(Result(tag, comm.versions[tag], "stable", (7,), False, 0, [delta.clone()]))
+        return comm.versions[tag]
+
+    comm.catch_up = catch_up  # type: ignore[method-assign]
+    outer._catch_up(fragment)
+    assert torch.equal(fragment.theta, fetched - delta)
+    assert torch.equal(fragment.served["theta"], fetched - delta)
