@@ -78,6 +78,8 @@ PUBLISHED = {
                 "100B": (1.7, 3.6, 4.3, 5.2, 5.2)},
     "overlap, 4 bit": {"1B": (0.4, 0.9, 1.7, 2.0, 3.0), "10B": (0.4, 0.9, 1.4, 1.4, 1.7),
                        "100B": (0.5, 0.9, 1.1, 1.1, 1.4)},
+    "eager, 4 bit": {"1B": (0.1, 0.2, 0.2, 0.2, 0.2), "10B": (0.1, 0.2, 0.2, 0.3, 0.3),
+                     "100B": (0.2, 0.3, 0.3, 0.3, 0.4)},
 }
 # fmt: on
 # The row's period in steps (H = 100), overlap in steps, and bits of a value; M = 2.
@@ -87,6 +89,9 @@ ROWS = {
     "streaming": (100, True, 0, 16),
     "overlap": (100, True, 1, 16),
     "overlap, 4 bit": (100, True, 1, 4),
+    # All its cells are those of half the bits that the rule moves in a round's time; why, the
+    # publication does not say. What is planned with counts all of them.
+    "eager, 4 bit": (100, False, 100, 2),
 }
 OUTSIDE = {("data-parallel", m, 0.99) for m in ("1B", "10B")} | {("streaming", "100B", 0.99)}
 
@@ -97,7 +102,7 @@ def needed_gbps(row: str, model: str, goal: float, inside_step: float) -> float:
     parameters, fragments, step_s = MODELS[model]
     parts = fragments if streams else 1
     bits_of_round = parameters * bits * 2 * (2 - 1) / 2 / parts
-    hidden_s = (overlap + inside_step) * step_s
+    hidden_s = min(overlap + inside_step, period) * step_s
     bandwidth = plan.needed_bandwidth(goal, period * step_s / parts, bits_of_round, 0, hidden_s)
     # what is needed is what gives the goal
     reached = plan.utilisation(period * step_s / parts, bits_of_round, bandwidth, 0, hidden_s)
@@ -108,7 +113,7 @@ def needed_gbps(row: str, model: str, goal: float, inside_step: float) -> float:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("row", ROWS)
 def test_published_table_within_its_grid(row: str, model: str) -> None:
-    """72 of 75 cells, with the backward pass overlapped as the published simulator does.
+    """87 of 90 cells, with the backward pass overlapped as the published simulator does.
 
     Its grid rounds to about 20 %, the printed figures to one decimal.
     """
