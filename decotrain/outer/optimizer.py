@@ -220,7 +220,7 @@ class OuterOptimizer:
         tokens, fragment.tokens = fragment.tokens, 0.0
         before = residual.clone() if residual is not None else None
         given = Contribution(delta, tokens, out, residual, digest)
-        ready = torch.cuda.Event() if delta.is_cuda else None
+        ready = torch.cuda.Event() if delta.is_cuda else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record()
 

@@ -27,6 +27,7 @@ LAST = "last loss"  # its name while a run goes on: measured on fewer windows th
 NAMES = ("name", "folder", "resume", "listen")
 SPEAKING = ("outer.preset", "codec.name")  # first in a label, and known by their values
 SCALES = (("tokens", 1e6), ("sent_bytes", 1e6), ("seconds", 1.0))
+COLOURS, LINES = 10, ("-", "--", ":", "-.")  # of matplotlib; the next line when colours are used up
 TITLES = ("tokens (million)", "bytes sent by all peers (MB)", "wall-clock time (s)")
 
 
@@ -228,11 +229,13 @@ def draw(runs: Sequence[Run], path: Path) -> Any:
 
     figure = Figure(figsize=(15, 4.6), dpi=110, layout="constrained")
     axes: Any = figure.subplots(1, 3, sharey=True)
-    for run in runs:
+    for number, run in enumerate(runs):
+        turn, colour = divmod(number, COLOURS)
+        look = {"color": f"C{colour}", "linestyle": LINES[turn % len(LINES)]}
         losses = [point.loss for point in run.points]
         for place, (key, scale) in zip(axes, SCALES, strict=True):
             values = [getattr(point, key) / scale for point in run.points]
-            place.plot(values, losses, marker=".", label=run.label)
+            place.plot(values, losses, marker=".", label=run.label, **look)
     for place, title in zip(axes, TITLES, strict=True):
         place.set_xlabel(title)
         place.grid(alpha=0.3)
