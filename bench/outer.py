@@ -50,7 +50,7 @@ from decotrain.train.inner import make_optimizers, set_rates
 from decotrain.train.settings import InnerSettings
 from decotrain.train.worker import held_out_loss
 
-WAIT_S = 600.0
+WAIT_S = 3600.0  # a machine may be busy with other things
 DROPPED = 0.3
 HELD_OUT_WINDOWS = 512
 Build = Callable[[nn.Module, Any, Communicator, int], Any]
