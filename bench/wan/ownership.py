@@ -15,7 +15,7 @@ from bench.common import Report, Settings, interleave, log
 from bench.wan.allreduce import Team
 from bench.wan.lab import Lab
 from bench.wan.profiles import Access, Profile
-from decotrain.control.ownership import shares
+from decotrain.control.ownership import alike, shares
 
 RTT_MS = 20
 WARM_ROUNDS = 3  # until every peer has been busy long enough to know its rate
@@ -39,7 +39,7 @@ def run(settings: Settings) -> Report:
         for _ in range(WARM_ROUNDS):
             said = equal.run(**task)
         rates = {peer: float(one["uplink_bps"]) for peer, one in enumerate(said)}
-        parts = shares(rates, dict.fromkeys(rates, 1.0))
+        parts = shares(alike(rates), dict.fromkeys(rates, 1.0))
         log(f"  measured {[round(r / 1e6) for r in rates.values()]} Mbit/s, shares {parts}")
         teams = {"equal": equal, "measured": Team(lab, {}, parts)}
         teams["measured"].run(**task)  # windows open
