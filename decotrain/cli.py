@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from decotrain import __version__, operate
-from decotrain.errors import ConfigError, Error
+from decotrain.errors import ConfigError, Error, RefusedError, UnreachableError
 
 HELP = """\
 decotrain: train one model on machines that share nothing but the internet
@@ -178,7 +178,8 @@ def _by_hydra(command: str, words: list[str]) -> int:
         try:
             code = _launch(command, config)
         except Error as error:  # else hydra would wrap it, and go on with the sweep
-            raise SystemExit(_fail(error, 2 if isinstance(error, ConfigError) else 1)) from None
+            wrong = ConfigError | RefusedError | UnreachableError  # as before anything is started
+            raise SystemExit(_fail(error, 2 if isinstance(error, wrong) else 1)) from None
         codes.append(code)
         if code:
             raise SystemExit(code)

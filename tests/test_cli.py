@@ -123,6 +123,7 @@ def test_status_of_nobody(run_dir: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert_refused(run(["status", f"127.0.0.1:{port}"], run_dir), "no coordinator answers")
+    assert_refused(run(["train", f"join=127.0.0.1:{port}"], run_dir), "no coordinator answers")
 
 
 def test_a_new_token_goes_into_a_file_of_its_own(run_dir: Path) -> None:
