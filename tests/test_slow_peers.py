@@ -31,6 +31,7 @@ BEFORE_S, DURING_S, AFTER_S = 3.0, 9.0, 12.0
 LINK_DEADLINE_S, SUSPECT_S = 5.0, 3.0  # MeshOptions::link_timeout_s, the coordinator's bound
 SPARE_S = 3.0  # for a busy machine
 GRACE = {"grace_s": 0.3, "quorum": 0.75, "late_s": 1.5}
+QUEUE_BYTES = 25_000  # of the straggler's router: 0.2 s, so that heartbeats pass
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH = 0x4206, 0x4207, 17
 
 
@@ -124,15 +125,26 @@ def slow(lab: Lab, peer: Any) -> Any:
 
 @contextmanager
 def limited(lab: Lab, mbps: float) -> Iterator[None]:
-    lab.set_access(PEERS, up_mbps=mbps, down_mbps=mbps)
+    queue = {"up_queue_bytes": QUEUE_BYTES, "down_queue_bytes": QUEUE_BYTES}
+    lab.set_access(PEERS, up_mbps=mbps, down_mbps=mbps, **queue)
     yield
-    lab.set_access(PEERS, up_mbps=0, down_mbps=0)
+    wide = {"up_queue_bytes": 10**7, "down_queue_bytes": 10**7}
+    lab.set_access(PEERS, up_mbps=1000, down_mbps=1000, **wide)
 
 
 def test_a_straggler_of_1_mbit_is_waived_with_grace(tmp_path: Path) -> None:
     said, log, at_s = run(tmp_path, slow, **GRACE)
-    check(said, log, at_s, 2 * (GRACE["grace_s"] + GRACE["late_s"]) + SPARE_S)
-    assert "demoted" in log
+    assert len({(one["digest"], one["version"]) for one in said}) == 1
+    assert all(one["first"] == one["id"] for one in said)  # nobody was left out
+    # The straggler is the first to be named. What it alone had combined still comes from it, and
+    # who waits for that may be named after it, and is active again at once.
+    demoted = [line for line in log.splitlines() if "demoted" in line]
+    assert f"{said[-1]['first']:016x}" in demoted[0].split("): ")[0] + ")"
+    own_s = (PEERS - 1) * ELEMENTS * 4 / PEERS * 8 / 1e6
+    bound_s = 2 * (GRACE["grace_s"] + GRACE["late_s"]) + own_s + SPARE_S
+    longest_s = max(max(gaps(one["rounds"], at_s)) for one in said[:-1])
+    print(f"longest round {longest_s:.2f} s; {demoted}")
+    assert longest_s < bound_s
 
 
 def test_without_grace_a_straggler_is_waited_for_and_nobody_is_lost(tmp_path: Path) -> None:
