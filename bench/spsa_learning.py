@@ -8,11 +8,13 @@ the held-out loss over windows of text, in standard errors. Two runs at a time.
 
 Options (`--set`): steps=2000, samples=4 (of a peer), lr=6e-3, epsilon=1e-3, batch=4, seeds=2,
 text=PATH (default: a made-up language), base=PATH (a run of `decotrain train`; default: one is
-made, with pretrain=1500 steps), windows=256 (held out), processes=2.
+made, with pretrain=1500 steps), windows=256 (held out), processes=2, keep=FOLDER (what is there of
+runs with the same options is not run again: a long suite in pieces).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -115,7 +117,7 @@ def _describe(report: Report, chosen: dict[str, str]) -> None:
     report.table("log", ["kilobytes"], where={"what": "log"}, title="The seed log")
     report.plot("curves", "step", "held_out_nats", lines="run", where={"what": "curve"},
                 title="Held-out loss while fine-tuning")  # fmt: skip
-    told = {key: value for key, value in chosen.items() if key not in ("text", "base")}
+    told = {key: value for key, value in chosen.items() if key not in ("text", "base", "keep")}
     report.note((__doc__ or "").split("\n\n")[1].replace("\n", " "))
     report.note(", ".join(f"{key} {value}" for key, value in sorted(told.items())) + ".")
 
@@ -145,7 +147,12 @@ def _pretrain(place: Path, steps: int) -> Path:
 
 
 def _in_process(case: tuple[int, str, int], chosen: dict[str, str]) -> dict[str, Any]:
-    text = json.dumps([*case, chosen])
+    unlike = ("seeds", "processes", "keep")  # what a run by itself does not depend on
+    text = json.dumps([*case, {k: v for k, v in sorted(chosen.items()) if k not in unlike}])
+    kept = Path(chosen["keep"]) / f"{_name(text)}.json" if "keep" in chosen else None
+    if kept is not None and kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
     command = [sys.executable, "-c", f"import bench.spsa_learning as b; b.one({text!r})"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -153,7 +160,14 @@ def _in_process(case: tuple[int, str, int], chosen: dict[str, str]) -> dict[str,
         raise RuntimeError(f"{case} failed:\n{done.stderr}")
     log(f"{case} done")
     result: dict[str, Any] = json.loads(done.stdout)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(done.stdout)
     return result
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # --- one run, in a process of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,41 @@ def test_replay_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot read"):
         replay(log, log, output)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda data: data[:-3], "torn or damaged after step 38"),
+        (lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], "torn or damaged after"),
+        (lambda data: data[:20], "header"),
+        (lambda data: b"", "no seed log"),
+    ],
+)
+def test_replay_says_in_one_line_what_is_wrong_with_a_log(
+    harm: Callable[[bytes], bytes],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = nn.Linear(3, 3)
+    base, log, output = (tmp_path / n for n in ("base.safetensors", "log", "out.safetensors"))
+    save_file(model.state_dict(), base)
+    spsa = SPSA(model, log=log)
+    for _ in range(40):
+        spsa.step(lambda: model(torch.ones(1, 3)).sum())
+    spsa.finish()
+    log.write_bytes(harm(log.read_bytes()))
+    assert cli.main(["replay", str(base), str(log), "-o", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not output.exists()
+    good = seedlog.read(log).next_step if "damaged" in said else 0
+    if good:
+        words = ["replay", str(base), str(log), "-o", str(output), "--to-step", str(good)]
+        assert cli.main(words) == 0
+        assert output.exists()
 
 
 def test_a_run_goes_on_where_its_log_ends(tmp_path: Path) -> None:

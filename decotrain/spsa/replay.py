@@ -113,6 +113,12 @@ def replay(
     log = seedlog.read(log_path)
     header = log.header
     count = len(log.records)
+    if to_step is None and log.torn:
+        raise FileError(
+            f"{log_path} is torn or damaged after step {log.next_step - 1}: {log.torn} bytes cannot"
+            f" be read. Take a copy of another peer, or replay what is good, --to-step"
+            f" {log.next_step}"
+        )
     if to_step is not None:
         count = to_step - header.first_step
         if not 0 <= count <= len(log.records):
