@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from decotrain import codecs
 from decotrain import tensors as tn
 from decotrain._core import Node
 from decotrain.control import member as mb
@@ -135,13 +136,12 @@ class Communicator:
         *,
         tag: int = 0,
         op: str = "mean",  # "mean" (weighted) or "sum"
-        codec: str = "f32",  # of contributions
-        result_codec: str | None = None,  # of results; None: the same as codec
+        codec: str = "f32",  # both ways, or "e2m1+int8": contributions + results
+        result_codec: str | None = None,  # instead of a + in codec
         weight: float = 1.0,  # 0: skip, we only receive
         out: Tensors | None = None,  # where the result goes; None: into `tensors`
         borrow: bool = False,  # f32 only: no snapshot copy; do not write to tensors before wait()
-        residual: Tensors | None = None,  # f32 error feedback e, updated in place:
-        #                                   x = tensors + e is sent, e = x - decode(encode(x))
+        residual: Tensors | None = None,  # f32 error feedback, in place (docs/codecs.md)
         rule: str | None = None,  # "median", "trimmed_mean", "norm_clip" instead of op's own
         rule_parameter: float = 0.0,
         state_digest: int = 0,  # of the state the contribution was computed from
@@ -149,10 +149,9 @@ class Communicator:
     ) -> Work:
         """Begin the next round of the tag. All peers name the same shapes and options.
 
-        The values are encoded before this returns, so the tensors may be written to at once
-        (unless borrowed). NaN or Inf raises NotFiniteError naming the tensor; the round is then
-        skipped (weight 0) so that nobody waits for us. (In a borrowed tensor above 2 MiB they are
-        found where the round is combined: then `wait()` raises, and other chunks have our values.)
+        The values are encoded before this returns: unless borrowed, tensors may be written to at
+        once. NaN or Inf raises NotFiniteError naming the tensor; the round is skipped (weight 0).
+        (In a borrowed tensor above 2 MiB `wait()` raises, and other chunks have our values.)
         """
         given = tn.listed(tensors)
         places = tn.listed(out) if out is not None else given
@@ -160,10 +159,11 @@ class Communicator:
         buffers = [tn.readable(tensor, f"tensor {n}") for n, tensor in enumerate(given)]
         for n, tensor in enumerate(places):
             tn.writable(tensor, f"tensor {n} of the result")
+        codec, result_codec = codecs.pair(codec, result_codec)
         options: dict[str, Any] = {
-            "tag": tag, "op": op, "codec": codec, "result_codec": result_codec,
-            "state_digest": state_digest, "rule": rule, "rule_parameter": rule_parameter,
-            "chunk_elements": chunk_elements,
+            "tag": tag, "op": op, "codec": codec, "result_codec": result_codec, "rule": rule,
+            "rule_parameter": rule_parameter, "chunk_elements": chunk_elements,
+            "state_digest": state_digest,
         }  # fmt: skip
         feedback = None
         if residual is not None:

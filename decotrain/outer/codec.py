@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decotrain import _core
+from decotrain import _core, codecs
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError, NotFiniteError
 from decotrain.rounds import Result, Work
@@ -64,10 +64,7 @@ class CodecChoice:
     @staticmethod
     def named(name: str, error_feedback: bool = False, decay: float = 1.0) -> CodecChoice:
         """From "int8" (both ways) or "e2m1+int8" (contributions + results)."""
-        try:
-            contribution, result = _core.codec_pair(name)
-        except ValueError as error:
-            raise ConfigError(f"codec={name}: {error}") from None
+        contribution, result = codecs.pair(name)
         return CodecChoice(contribution, result, error_feedback, decay)
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:

@@ -1,0 +1,39 @@
+"""Names of codecs, for people: pairs such as "e2m1+int8", and what was probably meant.
+
+The core knows the codecs themselves (docs/codecs.md); nothing here encodes.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from decotrain import _core
+from decotrain.errors import ConfigError
+
+NAMES = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
+
+
+def pair(name: str, result: str | None = None) -> tuple[str, str]:
+    """(contributions, results) of "int8" (both) or "e2m1+int8"; `result` names the second apart."""
+    if result is not None and "+" in name:
+        raise ConfigError(
+            f"codec={name} names the codec of results already; leave out result_codec={result}"
+        )
+    whole = name if result is None else f"{name}+{result}"
+    try:
+        return _core.codec_pair(whole)
+    except ValueError:
+        raise ConfigError(f"codec={whole}: {_meant(whole)}") from None
+
+
+def _meant(whole: str) -> str:
+    parts = [part.strip().lower() for part in whole.replace("/", "+").replace(",", "+").split("+")]
+    near = [difflib.get_close_matches(part, NAMES, 1, 0.4) for part in parts]
+    if len(parts) <= 2 and all(near):
+        hint = f"did you mean {'+'.join(one[0] for one in near)}? "
+    else:
+        hint = ""
+    return (
+        f"{hint}A codec is one of {', '.join(NAMES)}, or two of them joined by +:"
+        " contributions + results"
+    )
