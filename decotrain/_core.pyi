@@ -258,7 +258,7 @@ class Fetch:
 class Node:
     """A peer's rounds and links, on a thread of its own."""
 
-    def __init__(self, peer: int, listen: Sequence[str], run_fingerprint: int, *, streams: int = 0, force_tcp: bool = False, link_timeout_s: float = 5.0, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0, tls_key: bytes = ..., pair_keys: bool = False) -> None: ...
+    def __init__(self, peer: int, listen: Sequence[str], run_fingerprint: int, *, streams: int = 0, force_tcp: bool = False, link_timeout_s: float = 5.0, grace_s: float = 0.0, quorum: float = 1.0, done_bound_s: float = 0.0, tls_key: bytes = ..., pair_keys: bool = False, congestion: str = 'bbr', pace: bool = True) -> None: ...
 
     @property
     def peer(self) -> int: ...
@@ -306,7 +306,7 @@ class Node:
 
     def links(self) -> list[dict[str, Any]]:
         """
-        One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, via.
+        One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, pace_bps, congestion, via.
         """
 
     def measures(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from decotrain.errors import (
     StateError,
 )
 from decotrain.farewell import end_well, say_last_words
-from decotrain.joining import Asked, ask, told_addresses, wait_for_welcome
+from decotrain.joining import Asked, ask, path_options, told_addresses, wait_for_welcome
 from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, check_memory, decode, places_for
 from decotrain.shared import SharedState, Shortcut
 
@@ -49,7 +49,7 @@ class Communicator:
 
     def __init__(self, asked: Asked, node_options: Mapping[str, Any]) -> None:
         self.name = asked.who.name
-        self._asked, self._node_options = asked, dict(node_options)
+        self._asked, self._node_options = asked, path_options() | dict(node_options)
         self._templates: dict[int, list[tn.Pattern]] = {}  # what results of a tag look like
         self._last_seq: dict[int, int] = {}
         self._ready = False

@@ -144,9 +144,27 @@ def limits() -> Iterator[Finding]:
             low = int(values[2]) < WINDOW_MIN_BYTES
             raise_it = f"sysctl -w net.ipv4.{name}='{values[0]} {values[1]} {WINDOW_MIN_BYTES}'"
             yield Finding(name, f"at most {int(values[2]) >> 10} KiB", raise_it if low else "")
+    yield from long_paths()
+
+
+def long_paths() -> Iterator[Finding]:
+    """What TCP does over tens of milliseconds, where CUBIC needs seconds to be up to speed."""
     control = _kernel("tcp_congestion_control")
-    if control:
-        yield Finding("congestion control", control)
+    if not control:
+        return
+    allowed = _kernel("tcp_allowed_congestion_control").split()
+    if control == "bbr" or "bbr" in allowed:
+        yield Finding("congestion control", f"{control}; bbr for links of 5 ms and more")
+        return
+    yield Finding(
+        "congestion control", f"{control}, and no BBR for links of 5 ms and more",
+        "modprobe tcp_bbr && sysctl -w net.ipv4.tcp_allowed_congestion_control='"
+        + " ".join([*allowed, "bbr"]) + "'",
+    )  # fmt: skip
+    idle = _kernel("tcp_slow_start_after_idle")
+    slow = "sysctl -w net.ipv4.tcp_slow_start_after_idle=0" if idle == "1" else ""
+    seen = {"0": "no", "1": "yes: every round begins slowly without BBR"}
+    yield Finding("slow start after a pause", seen.get(idle, "unknown"), slow)
 
 
 def _kernel(name: str) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,17 @@ def ask(
         server = ServerThread(Options(run=run, min_peers=1), token=whole(token, token_file))
         address = server.address
     return Asked(address, who, token, fingerprint(run, token), places, told, server)
+
+
+def path_options() -> dict[str, Any]:
+    """How a node sends over long paths, from the environment (docs/links.md)."""
+    name = os.environ.get("DECOTRAIN_CONGESTION", "bbr")
+    if not re.fullmatch("[a-z0-9_]{1,15}", name):
+        raise ConfigError(
+            f"DECOTRAIN_CONGESTION={name!r}: give the name of a congestion control, or `system` to"
+            " leave what the kernel has chosen"
+        )
+    return {"congestion": "" if name == "system" else name}
 
 
 def fingerprint(run: str, token: Secret | None) -> int:

@@ -128,4 +128,25 @@ def test_low_limits_have_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["descriptors"].remedy.startswith("ulimit -n 1024")
     assert "--shm-size" in found["room in /dev/shm"].remedy
     assert found["tcp_rmem"].remedy == "sysctl -w net.ipv4.tcp_rmem='4096 1 4194304'"
-    assert not found["congestion control"].remedy
+
+
+@pytest.mark.parametrize(
+    ("control", "allowed", "idle", "remedies"),
+    [
+        ("cubic", "reno cubic bbr", "1", []),
+        ("bbr", "reno", "1", []),
+        ("cubic", "reno cubic", "1",
+         ["tcp_allowed_congestion_control='reno cubic bbr'", "tcp_slow_start_after_idle=0"]),
+        ("cubic", "reno cubic", "0", ["modprobe tcp_bbr"]),
+        ("", "", "", []),
+    ],
+)  # fmt: skip
+def test_what_slows_long_paths_has_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, control: str, allowed: str, idle: str, remedies: list[str]
+) -> None:
+    knobs = {"tcp_congestion_control": control, "tcp_allowed_congestion_control": allowed,
+             "tcp_slow_start_after_idle": idle}  # fmt: skip
+    monkeypatch.setattr(doctor, "_kernel", knobs.__getitem__)
+    found = [one.remedy for one in doctor.long_paths() if one.remedy]
+    assert len(found) == len(remedies)
+    assert all(part in remedy for part, remedy in zip(remedies, found, strict=True))

@@ -8,7 +8,11 @@ turns.
 
 Options (`--set`): profiles=, peers=4, mib=256, codecs=f32,int8, gloo=0 (without torch), streams=0
 (automatic), latency=0 or throughput=0 to leave one question out, latency_peers=2,4,8,
-congestion=cubic (of TCP, at all sites).
+congestion=cubic (the system's default at all sites), control=system (ours leaves it as it is; else
+we take BBR where the kernel has it), pace=0 (no ceilings), scale=1 (rates, bytes and chunks divided
+by it: the same round on a machine too slow for the link), gap_s=0 (between two rounds: a second and
+more is how training does it), fragments=1 (one more variant: the buffer as so many rounds of
+which two are under way, as streaming DiLoCo has it).
 """
 
 from __future__ import annotations
@@ -18,15 +22,18 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import IO, Any
 
 from bench.baselines import name_them
 from bench.common import Report, Settings, interleave, log
 from bench.wan.lab import ROOT, Lab
-from bench.wan.profiles import PROFILES, Profile
+from bench.wan.profiles import PROFILES, Access, Profile
 
 SMALL_BYTES = 64 << 10
+CHUNK_ELEMENTS = 64 << 10  # what a large round has
 SLACK_MS = 10.0  # what a small round may take beyond three one-way delays
 ANSWER_S = 300.0
 # Bits of one element on the wire, scales included.
@@ -100,6 +107,8 @@ def options_of(settings: Settings) -> dict[str, Any]:
     return {
         "gloo": settings.option("gloo", "1") == "1",
         "streams": int(settings.option("streams", "0")),
+        "control": "" if settings.option("control", "bbr") == "system" else "bbr",
+        "pace": settings.option("pace", "1") == "1",
     }
 
 
@@ -108,13 +117,25 @@ def lab_of(profile: Profile, peers: int, settings: Settings) -> Lab:
     return Lab(profile, sites=peers, seed=settings.seed, congestion=congestion)
 
 
+def slowed(profile: Profile, scale: int) -> Profile:
+    """The profile with all rates divided; queues are times and stay."""
+
+    def slow(access: Access) -> Access:
+        return replace(access, up_mbps=access.up_mbps / scale, down_mbps=access.down_mbps / scale)
+
+    others = {site: slow(access) for site, access in profile.others.items()}
+    return replace(profile, access=slow(profile.access), others=others)
+
+
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
+    fragments = int(settings.option("fragments", "1"))
     for codec in settings.option("codecs", "f32,int8").split(","):
         contribution, _, result = codec.partition("/")
-        found[f"ours {codec}"] = {
-            "variant": "ours", "codec": contribution, "result_codec": result or contribution,
-        }  # fmt: skip
+        task = {"variant": "ours", "codec": contribution, "result_codec": result or contribution}
+        found[f"ours {codec}"] = task
+        if fragments > 1:
+            found[f"ours {codec}, {fragments} fragments"] = {**task, "fragments": fragments}
     if options_of(settings)["gloo"]:
         found["gloo f32"] = {"variant": "gloo"}
     return found
@@ -127,8 +148,12 @@ def wire_bits(task: Mapping[str, Any]) -> float:
 
 
 def throughput(report: Report, settings: Settings, profile: Profile, peers: int) -> None:
+    # The same round on a slower machine: rates, bytes and chunks divided alike.
+    scale = int(settings.option("scale", "1"))
+    profile = slowed(profile, scale)
     mib = int(settings.option("mib", "0")) or MIB.get(profile.name, 256)
-    elements = (1 if settings.quick else mib) * (1 << 18)
+    elements = (1 if settings.quick else mib) * (1 << 18) // scale
+    gap_s = float(settings.option("gap_s", "0"))
     repeats = 1 if settings.quick else settings.repeats
     with lab_of(profile, peers, settings) as lab:
         team = Team(lab, options_of(settings))
@@ -136,7 +161,9 @@ def throughput(report: Report, settings: Settings, profile: Profile, peers: int)
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
 
         def run(name: str) -> float:
-            said = team.run(elements=elements, calls=1, **tasks[name])
+            time.sleep(gap_s)
+            more = {"chunk_elements": CHUNK_ELEMENTS // scale} if scale > 1 else {}
+            said = team.run(elements=elements, calls=1, **more, **tasks[name])
             answers[name].append(max(said, key=lambda s: s["wall_s"]))
             log(f"  {profile.name} {name} {answers[name][-1]['wall_s']:.2f} s")
             return float(answers[name][-1]["wall_s"])
@@ -148,8 +175,16 @@ def throughput(report: Report, settings: Settings, profile: Profile, peers: int)
     for name, task in tasks.items():
         bits = 2 * (peers - 1) / peers * elements * wire_bits(task)
         goodput = [1e-6 * bits / s for s in samples[name]]
+        controls = sorted({link[3] for a in answers[name] for link in a["links"]})
         report.add(
-            {"profile": profile.name, "peers": peers, "MiB": elements / (1 << 18), "what": name},
+            {
+                "profile": profile.name,
+                "Mbit/s": rate_mbps,
+                "peers": peers,
+                "MiB": elements / (1 << 18),
+                "what": name,
+                "control": "/".join(controls),
+            },
             time_s=samples[name],
             goodput_mbps=goodput,
             link_percent=[100 * g / rate_mbps for g in goodput],

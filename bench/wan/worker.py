@@ -41,8 +41,9 @@ class Ours:
     def __init__(self, rank: int, peers: int, address: str, options: dict[str, Any]) -> None:
         self.rank, self.peers = rank, peers
         self.node = _core.Node(
-            rank + 1, [f"tcp://{address}:0"], FINGERPRINT, streams=options.get("streams", 0)
-        )
+            rank + 1, [f"tcp://{address}:0"], FINGERPRINT, streams=options.get("streams", 0),
+            congestion=options.get("control", "bbr"), pace=options.get("pace", True),
+        )  # fmt: skip
 
     def install(self, everybody: list[dict[str, Any]]) -> None:
         members = [[r + 1, r, True, who.get("share", 1.0)] for r, who in enumerate(everybody)]
@@ -58,18 +59,32 @@ class Ours:
         self.node.freeze(1, 1)
         assert self.node.install(plan)
 
-    def run(self, buffer: Any, task: dict[str, Any]) -> None:
+    def begin(self, buffer: Any, task: dict[str, Any], tag: int = 0) -> Any:
         codec = task.get("codec", "f32")
-        work = self.node.begin(
+        return self.node.begin(
             [buffer],
+            tag=tag,
             borrow=True,
             codec=codec,
             result_codec=task.get("result_codec", codec),
             chunk_elements=task.get("chunk_elements"),
         )
+
+    def end(self, work: Any, buffer: Any) -> None:
         if not work.wait(WAIT_S):
             raise SystemExit(f"no result in {WAIT_S} s; links: {self.node.links()}")
         work.result().decode_into([buffer])
+
+    def run(self, buffer: Any, task: dict[str, Any]) -> None:
+        """`fragments` rounds, each of an equal part of the buffer, two of them under way."""
+        parts = np.array_split(buffer, task.get("fragments", 1))
+        under_way: deque[Any] = deque()
+        for tag, part in enumerate(parts):
+            under_way.append((self.begin(part, task, tag), part))
+            if len(under_way) > 2:
+                self.end(*under_way.popleft())
+        for work, part in under_way:
+            self.end(work, part)
 
 
 class Gloo:
@@ -161,7 +176,10 @@ def main() -> int:
         mean = (peers + 1) / 2
         if task.get("codec", "f32") == "f32" and abs(float(buffer[-1]) - mean) > 1e-3 * mean:
             raise SystemExit(f"wrong result: {buffer[-1]}, not {mean}")
-        links = [[link["peer"], link["streams"], link["rtt_s"]] for link in ours.node.links()]
+        links = [
+            [link[what] for what in ("peer", "streams", "rtt_s", "congestion", "pace_bps")]
+            for link in ours.node.links()
+        ]
         say({"wall_s": wall_s / task["calls"], "cpu_s": cpu_s / task["calls"], "links": links,
              "uplink_bps": ours.node.measures()["uplink_bps"],
              "sent_bytes": (sent_bytes(ours.node) - before) / task["calls"]})  # fmt: skip

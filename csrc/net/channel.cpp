@@ -10,12 +10,13 @@
 
 #include <array>
 #include <cerrno>
-#include <string_view>
 
 namespace decotrain::net {
 namespace {
 
 constexpr int kBacklog = 256;
+constexpr std::uint32_t kNoRateLimit = ~std::uint32_t{0};
+constexpr double kRateMax = 4e9;  // bytes a second that 32 bits hold
 
 void set_int(int fd, int level, int name, int value) {
   // Options improve latency or throughput; a kernel that refuses one still moves bytes.
@@ -87,17 +88,34 @@ double Channel::rtt_s() const {
   return 1e-6 * info.tcpi_rtt;
 }
 
-bool Channel::fears_loss() const {
-  std::array<char, 16> name{};
+std::string Channel::congestion() const {
+  std::array<char, 17> name{};
   socklen_t size = name.size() - 1;
   if (is_unix_ || getsockopt(fd_.get(), IPPROTO_TCP, TCP_CONGESTION, name.data(), &size) != 0) {
-    return false;
+    return "";
   }
-  return std::string_view(name.data()).substr(0, 3) != "bbr";
+  return name.data();
+}
+
+bool Channel::fears_loss() const {
+  const std::string name = congestion();
+  return !name.empty() && name.substr(0, 3) != "bbr";
 }
 
 void Channel::limit_unsent(std::size_t bytes) {
   set_int(fd_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, static_cast<int>(bytes));
+}
+
+void Channel::choose_congestion(const std::string& name) {
+  // Refused where the administrator has not allowed it: the default is as good as before.
+  (void)setsockopt(fd_.get(), IPPROTO_TCP, TCP_CONGESTION, name.data(),
+                   static_cast<socklen_t>(name.size()));
+}
+
+void Channel::limit_rate(double bytes_per_s) {
+  const bool limited = bytes_per_s > 0.0 && bytes_per_s < kRateMax;
+  const std::uint32_t rate = limited ? static_cast<std::uint32_t>(bytes_per_s) : kNoRateLimit;
+  (void)setsockopt(fd_.get(), SOL_SOCKET, SO_MAX_PACING_RATE, &rate, sizeof rate);
 }
 
 bool Channel::same_user() const {

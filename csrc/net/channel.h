@@ -7,10 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "net/address.h"
+#include "net/pacer.h"
 #include "net/tls.h"
 
 namespace decotrain::net {
@@ -75,7 +77,12 @@ class Channel {
   double rtt_s() const;       // as the kernel measures it, from the handshake on; 0: unknown
   // Slows down at every lost packet (Reno, CUBIC), as opposed to BBR.
   bool fears_loss() const;
+  std::string congestion() const;  // name of its control; empty: none (a Unix socket)
   bool same_host() const;
+  std::optional<PathProgress> progress() const;  // nothing: the kernel does not say
+  // Asks for a congestion control, and has it or the kernel's default after.
+  void choose_congestion(const std::string& name);
+  void limit_rate(double bytes_per_s);      // of what is sent; 0: no limit
   void limit_in_flight(std::size_t bytes);  // what the kernel may hold, sent or not
   void limit_unsent(std::size_t bytes);     // what the kernel may hold and has not sent yet
 
@@ -91,6 +98,8 @@ struct SocketOptions {
   std::size_t local_buffer_bytes = 256 << 10;  // within a host: small enough to stay in cache
   std::size_t unix_buffer_bytes = 512 << 10;
   double user_timeout_s = 30.0;
+  std::string congestion = "bbr";  // on a long path, where allowed; empty: as the kernel has it
+  bool pace = true;                // a long path: see Pacer
 };
 
 // Every function gives an empty Fd and sets errno on failure.

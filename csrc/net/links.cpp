@@ -15,6 +15,11 @@ constexpr double kGrowthMinBytes = 256 << 10;   // bandwidth x delay below which
 constexpr double kGrowthMinBytesBbr = 2 << 20;  // for each stream: what the kernel buffers for it
 constexpr double kGrowthGain = 1.15;
 constexpr double kGrowthPause_s = 30.0;
+constexpr double kPaceMin_s = 0.1;       // between two measurements of a path,
+constexpr double kPaceRoundTrips = 2.0;  // and at least so many of its round trips
+constexpr double kPaceTurns = 2.0;       // longer than so many of them: it was idle in between
+constexpr double kUnsent_s = 0.02;       // of a stream's rate, what waits in the kernel
+constexpr std::size_t kUnsentMinBytes = 16 << 10;
 constexpr double kUplinkDecay = 0.9;  // for each judgement
 constexpr double kJudgeBusy_s = 0.5;  // time with something to send before the rate is judged
 
@@ -201,10 +206,58 @@ void Mesh::note_busy(Link& link, Clock at) {
   }
   if (link.busy_since != 0 && sent >= link.busy_mark) {
     link.busy_s += at - link.busy_since;
+    link.paced_busy_s += at - link.busy_since;
     link.busy_bytes += sent - link.busy_mark;
   }
   link.busy_since = busy ? at : 0;
   link.busy_mark = sent;
+  // A ceiling keeps CUBIC's windows from growing: what it then carries is learnt as all there is.
+  const bool paced = options_.socket.pace && !link.fears_loss && link.rtt_s >= kGrowthMinRtt_s;
+  if (paced && (busy || link.paced_busy_s > 0.0)) {
+    pace(link, at);
+  }
+}
+
+// Looks at what the kernel says of the streams and sets their ceiling anew. All get the same share:
+// which of them a frame takes is decided as they have room.
+void Mesh::pace(Link& link, Clock at) {
+  const double turn_s = std::max(kPaceMin_s, kPaceRoundTrips * link.rtt_s);
+  if (link.paced_at != 0 && at - link.paced_at < turn_s) return;
+  PathProgress sum;
+  std::size_t asked = 0;
+  for (const std::uint64_t id : link.streams) {
+    const Stream* s = stream(id);
+    const auto one = s != nullptr ? s->channel.progress() : std::nullopt;
+    if (!one) continue;
+    ++asked;
+    sum.delivered_bytes += one->delivered_bytes;
+    sum.resent_bytes += one->resent_bytes;
+    sum.rtt_s += one->rtt_s;
+    sum.rtt_min_s = sum.rtt_min_s == 0.0 ? one->rtt_min_s : std::min(sum.rtt_min_s, one->rtt_min_s);
+  }
+  const PathProgress mark = std::exchange(link.paced_mark, sum);
+  const Clock since = std::exchange(link.paced_at, at);
+  const double busy_s = std::exchange(link.paced_busy_s, 0.0);
+  const bool same = std::exchange(link.paced_streams, asked) == asked;
+  if (asked == 0 || !same || since == 0 || at - since > kPaceTurns * turn_s ||
+      sum.delivered_bytes < mark.delivered_bytes || sum.resent_bytes < mark.resent_bytes) {
+    return;
+  }
+  const PathProgress change{sum.delivered_bytes - mark.delivered_bytes,
+                            sum.resent_bytes - mark.resent_bytes,
+                            sum.rtt_s / static_cast<double>(asked), sum.rtt_min_s};
+  link.pacer.observe(change, at - since, busy_s);
+  const double each = link.pacer.ceiling() / static_cast<double>(asked);
+  for (const std::uint64_t id : link.streams) {
+    Stream* s = stream(id);
+    if (s == nullptr) continue;
+    s->channel.limit_rate(each);
+    if (each > 0.0) {
+      const auto unsent = static_cast<std::size_t>(kUnsent_s * each);
+      s->channel.limit_unsent(
+          std::clamp(unsent, kUnsentMinBytes, options_.socket.long_notsent_bytes));
+    }
+  }
 }
 
 // What this machine can send, all links together: owners' shares follow it. One slow receiver does
@@ -237,7 +290,12 @@ void Mesh::note_uplink(Clock at) {
 void Mesh::suit_path(Link& link, Stream& s) {
   const double rtt_s = s.channel.rtt_s();
   if (link.rtt_s == 0.0) link.rtt_s = rtt_s;
-  if (rtt_s >= kGrowthMinRtt_s) s.channel.limit_unsent(options_.socket.long_notsent_bytes);
+  if (rtt_s >= kGrowthMinRtt_s) {
+    s.channel.limit_unsent(options_.socket.long_notsent_bytes);
+    if (!options_.socket.congestion.empty()) {
+      s.channel.choose_congestion(options_.socket.congestion);
+    }
+  }
   // Megabytes between two sockets of one host leave the cache on their way (measured: a quarter
   // of the processor time of a large round).
   s.local = s.channel.same_host();
@@ -283,12 +341,14 @@ std::vector<LinkStats> Mesh::stats() const {
     stats.received_bytes = link.received_bytes;
     stats.rtt_s = link.rtt_s;
     stats.rate_bps = link.rate_bps;
+    stats.pace_bps = 8.0 * link.pacer.ceiling();
     stats.via = link.via;
     for (const std::uint64_t id : link.streams) {
       const auto it = streams_.find(id);
       if (it == streams_.end()) continue;
       stats.is_unix = stats.is_unix || it->second->channel.is_unix();
       stats.is_tls = stats.is_tls || it->second->channel.secured();
+      stats.congestion = it->second->channel.congestion();
       stats.sent_bytes += it->second->sent_bytes;
       stats.received_bytes += it->second->received_bytes;
     }

@@ -85,8 +85,10 @@ struct LinkStats {
   bool is_tls = false;
   std::size_t streams = 0;
   std::uint64_t sent_bytes = 0, received_bytes = 0;
-  double rtt_s = 0.0;     // 0: not measured yet
-  double rate_bps = 0.0;  // sent, while there was something to send
+  double rtt_s = 0.0;      // 0: not measured yet
+  double rate_bps = 0.0;   // sent, while there was something to send
+  double pace_bps = 0.0;   // ceiling that we set ourselves; 0: none
+  std::string congestion;  // control of the newest stream
   PeerId via = 0;
 };
 
@@ -162,6 +164,12 @@ class Mesh {
     std::uint64_t busy_mark = 0;
     double rate_bps = 0.0, rate_before = 0.0;
     Clock no_growth_until = 0;
+    // how fast they may go together
+    Pacer pacer;
+    PathProgress paced_mark;
+    Clock paced_at = 0;
+    double paced_busy_s = 0.0;
+    std::size_t paced_streams = 0;
     std::uint64_t sent_bytes = 0, received_bytes = 0;  // of streams now closed
   };
   using Streams = std::unordered_map<std::uint64_t, std::unique_ptr<Stream>>;
@@ -217,6 +225,7 @@ class Mesh {
   void suit_path(Link& link, Stream& s);
   void judge_rate(Link& link, Clock now);
   void note_busy(Link& link, Clock now);
+  void pace(Link& link, Clock now);
   void note_uplink(Clock now);
   void tell_sources(Link& link);
   void due(Clock at) { due_ = at < due_ ? at : due_; }

@@ -290,6 +290,8 @@ Map link_dict(const net::LinkStats& link) {
   out["received_bytes"] = link.received_bytes;
   out["rtt_s"] = link.rtt_s;
   out["rate_bps"] = link.rate_bps;
+  out["pace_bps"] = link.pace_bps;
+  out["congestion"] = link.congestion;
   out["via"] = link.via;
   return out;
 }
@@ -297,17 +299,18 @@ Map link_dict(const net::LinkStats& link) {
 void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
                std::uint64_t run_fingerprint, std::size_t streams, bool force_tcp,
                double link_timeout_s, double grace_s, double quorum, double done_bound_s,
-               const nb::bytes& tls_key, bool pair_keys) {
+               const nb::bytes& tls_key, bool pair_keys, const std::string& congestion, bool pace) {
   NodeOptions options;
-  if (tls_key.size() != 0 && tls_key.size() != net::kTlsKeyBytes) {
-    throw nb::value_error("tls_key has 32 bytes, or none");
-  }
+  const bool whole_key = tls_key.size() == 0 || tls_key.size() == net::kTlsKeyBytes;
+  if (!whole_key) throw nb::value_error("tls_key has 32 bytes, or none");
   options.mesh.run_fingerprint = run_fingerprint;
   options.mesh.tls_key.assign(tls_key.c_str(), tls_key.size());
   options.mesh.pair_keys = pair_keys;
   options.mesh.streams = streams;
   options.mesh.force_tcp = force_tcp;
   options.mesh.link_timeout_s = link_timeout_s;
+  options.mesh.socket.congestion = congestion;
+  options.mesh.socket.pace = pace;
   options.engine.grace_s = grace_s;
   options.engine.quorum = quorum;
   options.engine.done_bound_s = done_bound_s;
@@ -315,7 +318,6 @@ void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
 }
 
 using PeerTuple = std::tuple<PeerId, std::uint8_t, std::vector<std::string>>;
-
 void set_peers(Node& node, const std::vector<PeerTuple>& peers,
                const std::map<PeerId, nb::bytes>& keys) {
   std::vector<net::PeerInfo> out;
@@ -434,7 +436,7 @@ void bind_node(nb::module_& m) {
   type.def("__init__", &make_node, "peer"_a, "listen"_a, "run_fingerprint"_a, nb::kw_only(),
            "streams"_a = 0, "force_tcp"_a = false, "link_timeout_s"_a = 5.0, "grace_s"_a = 0.0,
            "quorum"_a = 1.0, "done_bound_s"_a = 0.0, "tls_key"_a = nb::bytes("", 0),
-           "pair_keys"_a = false)
+           "pair_keys"_a = false, "congestion"_a = net::SocketOptions{}.congestion, "pace"_a = true)
       .def_prop_ro("peer", &Node::self)
       .def_prop_ro("addresses", &Node::addresses)
       .def_prop_ro("event_fd", &Node::event_fd, "Readable while there are events.")
@@ -476,7 +478,8 @@ void bind_node(nb::module_& m) {
             }
             return list_of(links, link_dict);
           },
-          "One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, via.")
+          "One map for each link: peer, up, ours, unix, tls, streams, bytes, rates, congestion, "
+          "via.")
       .def(
           "measures",
           [](Node& node) {
