@@ -391,7 +391,7 @@ def test_what_is_wrong_is_said(coordinator: ServerThread) -> None:
             comm.all_reduce(np.ones(2, np.float32), tag=9999)
         with pytest.raises(RoundError, match="weight"):
             comm.all_reduce(np.ones(2, np.float32), weight=-1.0)
-        with pytest.raises(RoundError, match="no codec is called"):
+        with pytest.raises(ConfigError, match="did you mean int8"):
             comm.all_reduce(np.ones(2, np.float32), codec="int7")
         with pytest.raises(RoundError, match="other sizes"):
             comm.all_reduce(np.ones(2, np.float32), out=np.ones(3, np.float32))
@@ -399,6 +399,7 @@ def test_what_is_wrong_is_said(coordinator: ServerThread) -> None:
             comm.collect(b"x" * 10, max_bytes=5)
         with pytest.raises(StateError, match="register_state first"):
             comm.version(3)
+        comm.all_reduce(np.ones(2, np.float32)).wait(WAIT_S)
         with pytest.raises(StateError, match="after the first round"):
             comm.register_state(0, {"w": np.ones(2, np.float32)})
     alone = join(coordinator.address)  # min_peers is 2
