@@ -298,8 +298,10 @@ void Engine::set_covered(std::uint32_t tag, std::int64_t seq) {
   impl_->tags[tag].applied = seq;
 }
 
-Incoming Engine::on_header(PeerId from, const Header& header, double now) {
-  Incoming incoming = impl_->on_header(from, header, now);
+void Engine::set_result_memory(Memory memory) { impl_->result_memory = std::move(memory); }
+
+Incoming Engine::on_header(PeerId from, const Header& header, double /*now*/, bool arrived) {
+  Incoming incoming = impl_->on_header(from, header, arrived);
   impl_->settle_all();
   return incoming;
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -221,7 +222,12 @@ class Engine {
   void set_covered(std::uint32_t tag, std::int64_t seq);
 
   // --- the network's side
-  Incoming on_header(PeerId from, const Header& header, double now);
+  // Where results that we own are best written, when they go to others; null: anywhere.
+  using Memory = std::function<std::shared_ptr<std::byte[]>(std::size_t bytes)>;
+  void set_result_memory(Memory memory);
+  // arrived: the payload is in memory already. If it may stay there, it is taken without a target,
+  // and on_payload gets a place that is only read.
+  Incoming on_header(PeerId from, const Header& header, double now, bool arrived = false);
   void on_payload(PeerId from, const Header& header, Incoming incoming, double now);
   bool next_frame(PeerId to, OutFrame& frame);
   bool has_frames(PeerId to) const;

@@ -85,7 +85,7 @@ struct Engine::Impl {
   const Member* member_at(std::uint8_t slot) const;
 
   // receive.cpp
-  Incoming on_header(PeerId from, const Header& header, double now);
+  Incoming on_header(PeerId from, const Header& header, bool arrived);
   void on_payload(PeerId from, const Header& header, Incoming incoming, double now);
   void deliver(Round& round, const Member& from, const Header& header, Incoming& incoming,
                double now);
@@ -162,6 +162,8 @@ struct Engine::Impl {
   bool frozen = false;
   FreezeId newest_freeze;
   FreezeId answered;  // by the installed view
+
+  Memory result_memory;
 
   bool declared = false;
   std::map<std::uint32_t, Tag> tags;

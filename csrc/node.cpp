@@ -129,6 +129,7 @@ Node::Node(PeerId self, const std::vector<std::string>& listen, const NodeOption
   if (!event_fd_) throw std::runtime_error("cannot make an eventfd");
   mesh_ = std::make_unique<net::Mesh>(self, listen, options.mesh, handler());
   addresses_ = mesh_->addresses();
+  engine_.set_result_memory([this](std::size_t bytes) { return mesh_->lendable(bytes); });
   thread_ = std::thread([this] { run(); });
 }
 
@@ -150,9 +151,9 @@ net::MeshHandler Node::handler() {
   };
   return {
       .on_header =
-          [this, is_state](PeerId from, const Header& h) {
+          [this, is_state](PeerId from, const Header& h, bool arrived) {
             if (is_state(h)) return on_state_header(from, h);
-            return engine_.on_header(from, h, net::Mesh::now());
+            return engine_.on_header(from, h, net::Mesh::now(), arrived);
           },
       .on_payload =
           [this, is_state](PeerId from, const Header& h, Incoming incoming) {

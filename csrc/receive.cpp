@@ -27,6 +27,13 @@ Incoming fresh_target(std::size_t bytes) {
   return {Accept::take, at, std::shared_ptr<void>(std::move(block)), ""};
 }
 
+// Memory of another process may change after it was looked at. Plain floats can be anything and do
+// no harm; what holds scales, lengths or indices is copied before it is checked.
+bool may_stay(const RoundSpec& spec, bool contributed) {
+  const Codec codec = contributed ? spec.contribution : spec.result;
+  return spec.op != Op::collect && codec <= Codec::f16;
+}
+
 bool is_chunk_frame(const Header& header) {
   return header.type == FrameType::contribution || header.type == FrameType::result;
 }
@@ -37,7 +44,7 @@ bool test(const std::byte* map, std::size_t i) {
 
 }  // namespace
 
-Incoming Impl::on_header(PeerId from, const Header& header, double now) {
+Incoming Impl::on_header(PeerId from, const Header& header, bool arrived) {
   if (header.view > view.id) return {Accept::later, nullptr, nullptr, "of a newer view"};
   if (header.view < view.id && !planted(Plant::stale_frame)) return dropped("of an older view");
   if (frozen) return dropped("frozen");
@@ -73,9 +80,10 @@ Incoming Impl::on_header(PeerId from, const Header& header, double now) {
   Incoming verdict = header.type == FrameType::result ? admit_result(*round, *peer, header)
                                                       : admit_contribution(*round, *peer, header);
   if (verdict.accept != Accept::take || header.payload_bytes == 0) return verdict;
-  if (header.type == FrameType::contribution) return fresh_target(header.payload_bytes);
+  const bool contributed = header.type == FrameType::contribution;
+  if (arrived && may_stay(round->spec, contributed)) return verdict;
+  if (contributed) return fresh_target(header.payload_bytes);
   Place where = round->place(header.chunk, header.payload_bytes);
-  (void)now;
   return {Accept::take, where.at, std::move(where.keep), ""};
 }
 

@@ -158,7 +158,8 @@ void Round::drop_value(std::uint32_t c) {
   ++missing;
 }
 
-bool Round::combine_chunk(std::uint32_t c, const Roles& roles, ViewId view) {
+bool Round::combine_chunk(std::uint32_t c, const Roles& roles, ViewId view,
+                          const Engine::Memory& memory) {
   Chunk& chunk = chunks[c];
   std::sort(chunk.contributions.begin(), chunk.contributions.end(),
             [](const auto& a, const auto& b) { return a.slot < b.slot; });
@@ -189,7 +190,13 @@ bool Round::combine_chunk(std::uint32_t c, const Roles& roles, ViewId view) {
   }
   const std::size_t elements = chunk_elements(spec, c);
   const std::size_t bytes = encoded_bytes(spec.result, elements);
-  Place where = place(c, bytes);
+  Place where;
+  if (std::shared_ptr<std::byte[]> lent = memory ? memory(bytes) : nullptr) {
+    where.at = lent.get();
+    where.keep = std::move(lent);
+  } else {
+    where = place(c, bytes);
+  }
   if (!combine(spec.rule, spec.rule_parameter, spec.contribution, from, elements, spec.result,
                where.at)) {
     return false;

@@ -147,7 +147,8 @@ struct Round {
                  SlotMask contributors, ViewId born);
   void drop_value(std::uint32_t chunk);
   // Combines what the owner holds; false, and nothing has changed, when the sum is not finite.
-  bool combine_chunk(std::uint32_t chunk, const Roles& roles, ViewId view);
+  bool combine_chunk(std::uint32_t chunk, const Roles& roles, ViewId view,
+                     const Engine::Memory& memory);
   // Takes out the contributions that are not finite; who they are from.
   SlotMask drop_not_finite(std::uint32_t chunk);
   void set_empty(std::uint32_t chunk, ViewId view);

@@ -80,7 +80,7 @@ void Impl::try_combine(Round& round, std::uint32_t c, double now) {
     }
     return;
   }
-  if (!round.combine_chunk(c, roles, view.id)) combine_without_bad(round, c);
+  if (!round.combine_chunk(c, roles, view.id, result_memory)) combine_without_bad(round, c);
   offer_result_to_all(round, c);
 }
 
@@ -92,7 +92,7 @@ void Impl::combine_without_bad(Round& round, std::uint32_t c) {
     if ((bad & bit(one.slot)) == 0) continue;
     event(EventKind::refused, round, one.peer, "chunk " + std::to_string(c) + " is not finite");
   }
-  if (bad != 0 && round.combine_chunk(c, roles, view.id)) return;
+  if (bad != 0 && round.combine_chunk(c, roles, view.id, result_memory)) return;
   round.set_empty(c, view.id);
   event(EventKind::refused, round, self,
         "the combined value of chunk " + std::to_string(c) + " is not finite: left empty");

@@ -59,7 +59,8 @@ void write(const Header& h, std::span<std::byte, kHeaderBytes> out) {
 }
 
 bool may_be_short(FrameType type) {
-  return type != FrameType::hello && type != FrameType::ping && type != FrameType::pong;
+  return type != FrameType::hello && type != FrameType::ping && type != FrameType::pong &&
+         type != FrameType::memory && type != FrameType::returned;
 }
 
 std::size_t shorten(const HeaderBytes& header, const HeaderBytes& base, HeaderBytes& out) {
@@ -112,7 +113,7 @@ std::optional<Header> parse(std::span<const std::byte, kHeaderBytes> bytes) {
   if (get<std::uint32_t>(p) != kMagic) return std::nullopt;
   const auto type = get<std::uint8_t>(p + 4);
   if (type < static_cast<std::uint8_t>(FrameType::hello) ||
-      type > static_cast<std::uint8_t>(FrameType::state)) {
+      type > static_cast<std::uint8_t>(kLastFrameType)) {
     return std::nullopt;
   }
   Header h;

@@ -29,7 +29,12 @@ enum class FrameType : std::uint8_t {
   pong = 8,           // net/ only
   state_request = 9,  // newcomer -> member: one chunk of shared state
   state = 10,         // member -> newcomer
+  memory = 11,        // net/ only, within a host: a segment of shared memory, or the answer
+  lend = 12,          // net/ only: where in one the next frame's payload lies
+  returned = 13,      // net/ only: loans that nobody reads any more
 };
+
+constexpr FrameType kLastFrameType = FrameType::returned;
 
 constexpr std::uint8_t kFlagSkip = 1;     // contribution: weight 0, no payload
 constexpr std::uint8_t kFlagRelayed = 2;  // src and dst are not the ends of this stream
@@ -62,7 +67,7 @@ std::optional<Header> parse(std::span<const std::byte, kHeaderBytes> bytes);
 using HeaderBytes = std::array<std::byte, kHeaderBytes>;
 constexpr std::byte kShortMark{0x73};
 constexpr std::size_t kShortHeaderBytes = 10;  // without the bytes that differ
-// Hello, ping and pong are always whole: they overtake others, and are no base.
+// Frames of net/ but `lend` are always whole: they overtake others, and are no base.
 bool may_be_short(FrameType type);
 // Writes the header whole or short into `out`; how many bytes it has now.
 std::size_t shorten(const HeaderBytes& header, const HeaderBytes& base, HeaderBytes& out);

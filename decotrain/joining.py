@@ -110,14 +110,15 @@ def ask(
 
 
 def path_options() -> dict[str, Any]:
-    """How a node sends over long paths, from the environment (docs/links.md)."""
+    """How a node sends, over long paths and within a host, from the environment (docs/links.md)."""
     name = os.environ.get("DECOTRAIN_CONGESTION", "bbr")
     if not re.fullmatch("[a-z0-9_]{1,15}", name):
         raise ConfigError(
             f"DECOTRAIN_CONGESTION={name!r}: give the name of a congestion control, or `system` to"
             " leave what the kernel has chosen"
         )
-    return {"congestion": "" if name == "system" else name}
+    shared = os.environ.get("DECOTRAIN_SHARED_MEMORY") != "0"
+    return {"congestion": "" if name == "system" else name, "shared_memory": shared}
 
 
 def fingerprint(run: str, token: Secret | None) -> int:

@@ -31,9 +31,17 @@ def plan(nodes: list[_core.Node]) -> dict[str, Any]:
 
 @contextmanager
 def team(
-    count: int, listen: tuple[str, ...] = ("unix://",), key: bytes = b""
+    count: int,
+    listen: tuple[str, ...] = ("unix://",),
+    key: bytes = b"",
+    shared_memory: bool = True,
 ) -> Iterator[list[_core.Node]]:
-    nodes = [_core.Node(10 + i, list(listen), run_fingerprint=5, tls_key=key) for i in range(count)]
+    nodes = [
+        _core.Node(
+            10 + i, list(listen), run_fingerprint=5, tls_key=key, shared_memory=shared_memory
+        )
+        for i in range(count)
+    ]
     try:
         everybody = [(n.peer, i, n.addresses) for i, n in enumerate(nodes)]
         for node in nodes:
@@ -157,6 +165,37 @@ def test_collect() -> None:
         works = [n.collect(b"peer %d" % n.peer if n.peer != 11 else None) for n in nodes]
         for result in results(works):
             assert result.parts() == {0: b"peer 10", 2: b"peer 12"}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_large_rounds_within_a_host(shared: bool) -> None:
+    """Many rounds in place, so that memory is lent, given back and used again."""
+    with team(3, shared_memory=shared) as nodes:
+        arrays = [np.empty(1_000_003, np.float32) for _ in nodes]
+        for turn in range(12):
+            for i, array in enumerate(arrays):
+                array[:] = np.arange(array.size, dtype=np.float32) % 1000 + 3 * i + turn
+            wanted = arrays[1].copy()
+            works = [n.begin([a], borrow=True) for n, a in zip(nodes, arrays, strict=True)]
+            for result, array in zip(results(works), arrays, strict=True):
+                result.decode_into([array])
+                np.testing.assert_allclose(array, wanted, rtol=1e-6)
+        assert all(link["shared"] == shared for node in nodes for link in node.links())
+
+
+def test_a_result_outlives_who_summed_it() -> None:
+    """Its chunks lie in memory of the peer that summed them, which is gone when they are read."""
+    with team(2) as nodes:
+        arrays = [np.full(1_000_000, float(i), np.float32) for i in range(2)]
+        for _ in range(4):  # the first goes through the socket
+            works = [n.begin([a]) for n, a in zip(nodes, arrays, strict=True)]
+            kept = results(works)
+        nodes[1].close()
+        works.clear()
+        last = kept.pop(0)
+        kept.clear()
+        last.decode_into([arrays[0]])
+        assert (arrays[0] == 0.5).all()
 
 
 def test_events_wake_the_control_thread() -> None:

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cerrno>
+#include <cstring>
 
 namespace decotrain::net {
 namespace {
@@ -17,6 +18,7 @@ namespace {
 constexpr int kBacklog = 256;
 constexpr std::uint32_t kNoRateLimit = ~std::uint32_t{0};
 constexpr double kRateMax = 4e9;  // bytes a second that 32 bits hold
+constexpr std::size_t kDescriptorsKept = 4;
 
 void set_int(int fd, int level, int name, int value) {
   // Options improve latency or throughput; a kernel that refuses one still moves bytes.
@@ -48,6 +50,7 @@ void Fd::reset(int fd) {
 
 Moved Channel::read(iovec* parts, int count) {
   if (tls_ != nullptr) return tls_->read(parts, count);
+  if (takes_descriptors_) return receive(parts, count);
   ssize_t n = 0;
   do {
     n = ::readv(fd_.get(), parts, count);
@@ -55,11 +58,55 @@ Moved Channel::read(iovec* parts, int count) {
   return outcome(n, true);
 }
 
-Moved Channel::write(iovec* parts, int count) {
+Moved Channel::receive(iovec* parts, int count) {
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(kDescriptorsKept * sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = parts;
+  message.msg_iovlen = static_cast<std::size_t>(count);
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  ssize_t n = 0;
+  do {
+    n = ::recvmsg(fd_.get(), &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return outcome(n, true);
+  for (cmsghdr* one = CMSG_FIRSTHDR(&message); one != nullptr; one = CMSG_NXTHDR(&message, one)) {
+    if (one->cmsg_level != SOL_SOCKET || one->cmsg_type != SCM_RIGHTS) continue;
+    const std::size_t bytes = one->cmsg_len - CMSG_LEN(0);
+    for (std::size_t at = 0; at + sizeof(int) <= bytes; at += sizeof(int)) {
+      int fd = -1;
+      std::memcpy(&fd, CMSG_DATA(one) + at, sizeof fd);
+      descriptors_.emplace_back(fd);
+    }
+  }
+  while (descriptors_.size() > kDescriptorsKept) descriptors_.pop_front();
+  Moved moved = outcome(n, true);
+  moved.cut_short = message.msg_controllen != 0 || (message.msg_flags & MSG_CTRUNC) != 0;
+  return moved;
+}
+
+Fd Channel::next_descriptor() {
+  if (descriptors_.empty()) return {};
+  Fd fd = std::move(descriptors_.front());
+  descriptors_.pop_front();
+  return fd;
+}
+
+Moved Channel::write(iovec* parts, int count, int descriptor) {
   if (tls_ != nullptr) return tls_->write(parts, count);
   msghdr message{};
   message.msg_iov = parts;
   message.msg_iovlen = static_cast<std::size_t>(count);
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  if (descriptor >= 0) {
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    cmsghdr* const one = CMSG_FIRSTHDR(&message);
+    one->cmsg_level = SOL_SOCKET;
+    one->cmsg_type = SCM_RIGHTS;
+    one->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(one), &descriptor, sizeof descriptor);
+  }
   ssize_t n = 0;
   do {
     n = ::sendmsg(fd_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -43,7 +44,8 @@ struct Moved {
   std::size_t bytes = 0;
   bool blocked = false;
   bool failed = false;
-  int error = 0;  // errno of a failure; 0: the other side closed
+  bool cut_short = false;  // a read ended at a descriptor: more may be there
+  int error = 0;           // errno of a failure; 0: the other side closed
 };
 
 class Channel {
@@ -56,6 +58,7 @@ class Channel {
   explicit operator bool() const { return static_cast<bool>(fd_); }
   void close() {
     tls_.reset();
+    descriptors_.clear();
     fd_.reset();
   }
   // From now on all bytes go through TLS, made for this descriptor.
@@ -68,7 +71,11 @@ class Channel {
   bool same_user() const;  // at the other end of a Unix socket
 
   Moved read(iovec* parts, int count);
-  Moved write(iovec* parts, int count);
+  // With a descriptor it goes along with the first byte (Unix sockets).
+  Moved write(iovec* parts, int count, int descriptor = -1);
+  // From now on descriptors that come with bytes are kept, the last few of them.
+  void take_descriptors() { takes_descriptors_ = true; }
+  Fd next_descriptor();
   // What a write took and has not given to the kernel yet. Blocked: there is no room.
   Moved flush() { return tls_ == nullptr ? Moved{} : tls_->flush(); }
   // Bytes written that the other side has not taken yet (TCP: not acknowledged).
@@ -88,7 +95,10 @@ class Channel {
 
  private:
   Fd fd_;
+  Moved receive(iovec* parts, int count);
   bool is_unix_ = false;
+  bool takes_descriptors_ = false;
+  std::deque<Fd> descriptors_;
   std::unique_ptr<Tls> tls_;
 };
 

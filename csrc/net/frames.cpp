@@ -52,6 +52,8 @@ void Mesh::read_some(Stream& s, Clock at) {
       finish_frame(s, at);
     } else if (s.has_header || header_here(s)) {
       if (!next_header(s, at)) return;
+      // Payloads that are here already cost no system call, and time all the same.
+      turn += s.in_payload && s.in_got >= kLargeFrameBytes ? 1 : 0;
     } else {
       if (!s.readable) return;
       ++turn;
@@ -64,7 +66,8 @@ void Mesh::read_some(Stream& s, Clock at) {
         return close(s, moved.error != 0 ? std::strerror(moved.error) : "closed", at);
       s.staged_to += moved.bytes;
       if (moved.bytes != 0) got(s, moved.bytes, at);
-      if (moved.blocked || (moved.bytes < wanted && !s.ended)) s.readable = false;
+      if (moved.blocked || (moved.bytes < wanted && !s.ended && !moved.cut_short))
+        s.readable = false;
     }
   }
   mark_ready(s);
@@ -97,19 +100,24 @@ bool Mesh::offer(Stream& s, Clock at) {
   const bool liveness = type == FrameType::ping || type == FrameType::pong;
   s.in_from = s.peer;
   s.in_relay = false;
+  const bool has_arrived = s.sharing && s.sharing->announced;
   if (type == FrameType::hello || (liveness && s.in.payload_bytes != 0)) {
     s.incoming = {Accept::refuse, nullptr, {}, "a hello or ping out of place"};
   } else if (liveness) {
     on_liveness_frame(s, at);
     return true;
+  } else if (type > FrameType::state) {
+    return on_sharing_frame(s, at);
+  } else if (has_arrived && !fits(*s.sharing->announced, s.in.payload_bytes)) {
+    s.incoming = {Accept::refuse, nullptr, {}, "a payload beyond its memory"};
   } else if ((s.in.flags & kFlagRelayed) == 0) {
-    s.incoming = handler_.on_header(s.peer, s.in);
+    s.incoming = handler_.on_header(s.peer, s.in, has_arrived);
   } else if (s.in.dst == own_slot_) {
     s.in_from = peer_of(s.in.src);
     Header direct = s.in;
     direct.flags &= static_cast<std::uint8_t>(~kFlagRelayed);
     // Of a peer that we do not know yet: its view is ahead of ours.
-    s.incoming = s.in_from != 0 ? handler_.on_header(s.in_from, direct)
+    s.incoming = s.in_from != 0 ? handler_.on_header(s.in_from, direct, has_arrived)
                                 : Incoming{Accept::later, nullptr, {}, ""};
   } else {
     s.incoming = offer_relayed(s);
@@ -127,6 +135,7 @@ bool Mesh::offer(Stream& s, Clock at) {
   s.has_header = false;
   s.in_payload = true;
   s.in_got = 0;
+  if (has_arrived) take_loan(s);
   return true;
 }
 
@@ -195,7 +204,7 @@ Moved Mesh::fill_payload(Stream& s) {
   const Moved moved = s.channel.read(parts.data(), with_staging ? 2 : 1);
   s.in_got += std::min(body, moved.bytes);
   if (moved.bytes > body) s.staged_to = moved.bytes - body;
-  if (moved.blocked || (moved.bytes < wanted && !s.ended)) s.readable = false;
+  if (moved.blocked || (moved.bytes < wanted && !s.ended && !moved.cut_short)) s.readable = false;
   return moved;
 }
 
@@ -240,11 +249,13 @@ void Mesh::write_some(Stream& s, Clock at) {
     int count = 0;
     std::size_t skip = s.out_sent;
     std::size_t wanted = 0;
+    const int descriptor = s.out_sent == 0 ? s.out.front().descriptor : -1;
     for (const Stream::Out& out : s.out) {
+      // What comes with a descriptor goes alone.
+      if (count != 0 && (descriptor >= 0 || out.descriptor >= 0)) break;
       if (count + 2 > static_cast<int>(parts.size()) || wanted >= options_.io_bytes) break;
       const std::array<std::pair<const std::byte*, std::size_t>, 2> pieces{
-          {{out.header.data(), out.header_bytes},
-           {out.frame.payload, out.frame.header.payload_bytes}}};
+          {{out.header.data(), out.header_bytes}, {out.frame.payload, out.payload_bytes()}}};
       for (const auto& [from, size] : pieces) {
         const std::size_t n = size - std::min(size, skip);
         if (n == 0) {
@@ -260,7 +271,7 @@ void Mesh::write_some(Stream& s, Clock at) {
         if (offered < n) break;
       }
     }
-    const Moved moved = s.channel.write(parts.data(), count);
+    const Moved moved = s.channel.write(parts.data(), count, descriptor);
     if (moved.failed) return close(s, std::strerror(moved.error), at);
     if (moved.blocked) {
       s.writable = false;
@@ -292,6 +303,16 @@ void Mesh::wrote(Stream& s, std::size_t bytes, Clock at) {
   }
 }
 
+void Mesh::push_back(Stream& s, Stream::Out out) {
+  HeaderBytes whole;
+  write(out.frame.header, whole);
+  assert(may_be_short(out.frame.header.type));
+  HeaderBytes& last = s.sent_last[static_cast<std::size_t>(out.frame.header.type)];
+  out.header_bytes = shorten(whole, last, out.header);
+  last = whole;
+  s.out.push_back(std::move(out));
+}
+
 // Takes frames for an empty stream: one large one, or small ones up to a bound. Within a host no
 // other stream would be faster, so there as many as one system call moves.
 bool Mesh::refill(Stream& s) {
@@ -302,14 +323,12 @@ bool Mesh::refill(Stream& s) {
   while (s.out.size() < kFramesPerWrite && bytes < enough) {
     Stream::Out out;
     if (!next_for(*link, out.frame)) break;
-    HeaderBytes whole;
-    write(out.frame.header, whole);
-    assert(may_be_short(out.frame.header.type));
-    HeaderBytes& last = s.sent_last[static_cast<std::size_t>(out.frame.header.type)];
-    out.header_bytes = shorten(whole, last, out.header);
-    last = whole;
+    if (s.sharing && lend(s, out.frame)) {
+      bytes += out.frame.header.payload_bytes;
+      out.lent = true;
+    }
     bytes += out.bytes();
-    s.out.push_back(std::move(out));
+    push_back(s, std::move(out));
   }
   s.frame_started = now();
   return !s.out.empty();
@@ -374,6 +393,7 @@ void Mesh::pump(Clock at) {
     for (const std::uint64_t id : ids) {
       Stream* s = stream(id);
       if (s == nullptr || !s->writable || s->queued) continue;
+      return_loans(*s);
       if (s->out.empty() && !anything_for(link)) break;
       write_some(*s, at);
     }

@@ -103,6 +103,7 @@ void Mesh::maintain(Clock at) {
     if (Stream* s = stream(id)) maintain_stream(*s, at);
   }
   for (auto& [peer, link] : links_) maintain_link(link, at);
+  trim_arena(at);
 }
 
 void Mesh::maintain_stream(Stream& s, Clock at) {
@@ -351,6 +352,11 @@ std::vector<LinkStats> Mesh::stats() const {
       stats.congestion = it->second->channel.congestion();
       stats.sent_bytes += it->second->sent_bytes;
       stats.received_bytes += it->second->received_bytes;
+      if (const Sharing* sharing = it->second->sharing.get()) {
+        stats.is_shared = stats.is_shared || sharing->lends;
+        stats.sent_bytes += sharing->lent_bytes;
+        stats.received_bytes += sharing->borrowed_bytes;
+      }
     }
     out.push_back(stats);
   }

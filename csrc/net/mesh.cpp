@@ -47,6 +47,7 @@ Mesh::Mesh(PeerId self, const std::vector<std::string>& listen_to, MeshOptions o
   if (!options_.tls_key.empty() || options_.pair_keys) {
     tls_ = std::make_unique<TlsContext>(options_.tls_key, options_.run_fingerprint, self_);
   }
+  if (options_.shared_bytes != 0) arena_ = std::make_unique<Arena>(options_.shared_bytes);
   if (!epoll_ || !wake_) throw std::runtime_error(system_error("cannot start the mesh", errno));
   epoll_event event{};
   event.events = EPOLLIN;
@@ -146,6 +147,7 @@ void Mesh::serve(std::uint64_t id, Clock at) {
   if (s->state == Stream::State::greeting) read_hello(*s, at);
   if (s->live()) read_some(*s, at);
   if (s->state != Stream::State::closed && s->state != Stream::State::connecting) {
+    return_loans(*s);
     write_some(*s, at);
   }
 }
@@ -246,6 +248,7 @@ void Mesh::send_hello(Stream& s, Clock) {
   hello.src = hello.dst = 0;
   hello.tag = kProtocolVersion;
   hello.chunk = s.index;
+  hello.spec_digest = arena_ && s.channel.is_unix() ? kHelloTakesMemory : 0;
   hello.seq = host_id();
   hello.a = options_.run_fingerprint;
   hello.b = self_;
@@ -292,6 +295,7 @@ void Mesh::check_hello(Stream& s, Clock at) {
   // NOLINTBEGIN(bugprone-unchecked-optional-access): without a hello something was wrong above
   s.peer = hello->b;
   s.index = hello->chunk;
+  s.far_takes_memory = s.channel.is_unix() && (hello->spec_digest & kHelloTakesMemory) != 0;
   // NOLINTEND(bugprone-unchecked-optional-access)
   const Link* link = link_of(s.peer);
   if (link == nullptr) {
@@ -314,6 +318,7 @@ void Mesh::opened(Stream& s, Clock at) {
   s.staging = std::make_unique<std::byte[]>(kStagingBytes);
   s.last_received = s.last_acknowledged = s.born = at;
   link.ours = s.dialled;
+  start_sharing(s);
   link.streams.push_back(s.id);
   suit_path(link, s);
   if (link.streams.size() == 1) {
@@ -356,6 +361,7 @@ void Mesh::close(Stream& s, const std::string& reason, Clock at) {
   const bool was_live = s.live();
   const bool was_dialling = s.dialled && !was_live;
   s.state = Stream::State::closed;
+  stop_sharing(s);
   s.channel.close();
   s.out.clear();
   dead_.push_back(s.id);

@@ -36,10 +36,11 @@ std::size_t streams_for(double rtt_s, bool fears_loss);
 
 struct MeshOptions {
   std::uint64_t run_fingerprint = 0;
-  std::string tls_key;          // kTlsKeyBytes, of everybody; empty: TCP is plain, unless
-  bool pair_keys = false;       // only those may talk whose pair has a key (PeerInfo)
-  std::size_t streams = 0;      // of one link; 0: as many as the path needs
-  bool force_tcp = false;       // no Unix sockets (for benchmarks)
+  std::string tls_key;      // kTlsKeyBytes, of everybody; empty: TCP is plain, unless
+  bool pair_keys = false;   // only those may talk whose pair has a key (PeerInfo)
+  std::size_t streams = 0;  // of one link; 0: as many as the path needs
+  bool force_tcp = false;   // no Unix sockets (for benchmarks)
+  std::size_t shared_bytes = std::size_t{256} << 20;  // lent to peers of this host; 0: none
   double link_timeout_s = 5.0;  // no progress for this long: the stream is closed
   double ping_interval_s = 1.0;
   double handshake_timeout_s = 5.0;
@@ -51,7 +52,8 @@ struct MeshOptions {
 
 // All called on the thread that runs the Mesh. See Engine for the meaning.
 struct MeshHandler {
-  std::function<Incoming(PeerId from, const Header&)> on_header;
+  // arrived: the payload is in memory already, and may stay there: then without a target.
+  std::function<Incoming(PeerId from, const Header&, bool arrived)> on_header;
   std::function<void(PeerId from, const Header&, Incoming)> on_payload;
   std::function<bool(PeerId to, OutFrame&)> next_frame;
   std::function<bool(PeerId to)> has_frames;
@@ -83,6 +85,7 @@ struct LinkStats {
   bool ours = false;  // dialled by us
   bool is_unix = false;
   bool is_tls = false;
+  bool is_shared = false;  // large payloads lie in memory of both
   std::size_t streams = 0;
   std::uint64_t sent_bytes = 0, received_bytes = 0;
   double rtt_s = 0.0;      // 0: not measured yet
@@ -121,6 +124,11 @@ class Mesh {
   std::vector<LinkStats> stats() const;
   // What we sent over TCP while there was more to send; 0: not measured yet.
   double uplink_bps() const { return uplink_bps_; }
+  // Memory whose bytes go to peers of this host without a copy. Null: there is none to be had, or
+  // nobody to read it.
+  std::shared_ptr<std::byte[]> lendable(std::size_t bytes);
+  std::size_t lent() const;           // payloads that others may read now
+  std::uint64_t lent_so_far() const;  // bytes, over the streams that are open
   std::size_t strangers() const { return strangers_.size(); }
   static Clock now();
 
@@ -206,6 +214,7 @@ class Mesh {
   Moved fill_payload(Stream& s);
   void write_some(Stream& s, Clock now);
   bool refill(Stream& s);
+  static void push_back(Stream& s, Stream::Out out);
   bool next_for(Link& link, OutFrame& frame);
   bool next_routed(Link& link, OutFrame& frame);
   bool anything_for(const Link& link) const;
@@ -213,6 +222,21 @@ class Mesh {
   void push_control(Stream& s, const Header& header);
   void resume_paused();
   void pump(Clock now);
+
+  // lending.cpp: payloads in memory that both processes have
+  void start_sharing(Stream& s);
+  void stop_sharing(Stream& s);
+  bool lend(Stream& s, OutFrame& frame);
+  bool offered(Stream& s, std::uint32_t segment);
+  bool on_sharing_frame(Stream& s, Clock now);
+  const char* take_memory(Stream& s);
+  const char* take_answer(Stream& s);
+  const char* take_lend(Stream& s);
+  const char* take_returned(Stream& s);
+  static bool fits(const Loan& loan, std::size_t bytes);
+  void take_loan(Stream& s);
+  void return_loans(Stream& s);
+  void trim_arena(Clock now);
 
   // links.cpp: dialling, deadlines, growth
   void maintain(Clock now);
@@ -240,6 +264,8 @@ class Mesh {
   MeshOptions options_;
   MeshHandler handler_;
   std::unique_ptr<TlsContext> tls_;  // outlives the streams
+  std::unique_ptr<Arena> arena_;     // null: nothing is shared
+  std::size_t lending_ = 0;          // streams whose other end takes memory
   Fd epoll_, wake_, spare_;
   std::vector<Listener> listeners_;
   std::vector<std::string> addresses_;

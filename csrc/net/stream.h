@@ -2,7 +2,7 @@
 //
 // A plain record: Mesh (mesh.cpp, frames.cpp, links.cpp) moves it. Payloads go straight from the
 // sender's memory to the kernel and from the kernel to the receiver's; only what follows a header
-// in the same read passes through `staging`.
+// in the same read passes through `staging`. Within a host it may stay where it is (shared.h).
 #pragma once
 
 #include <array>
@@ -12,12 +12,13 @@
 #include <vector>
 
 #include "engine.h"
-#include "net/channel.h"
+#include "net/shared.h"
 #include "wire.h"
 
 namespace decotrain::net {
 
 constexpr std::size_t kStagingBytes = 16 << 10;
+constexpr std::uint32_t kHelloTakesMemory = 1;
 
 using Clock = double;  // seconds, monotonic
 
@@ -56,10 +57,12 @@ struct Stream {
   bool in_relay = false;  // to be forwarded
   std::size_t in_got = 0;
 
-  bool local = false;  // within this host
+  bool local = false;                // within this host
+  bool far_takes_memory = false;     // its hello says so
+  std::unique_ptr<Sharing> sharing;  // with a process of this host
 
   // The last header of each type, both ways: what short headers are made from.
-  static constexpr std::size_t kTypes = static_cast<std::size_t>(FrameType::state) + 1;
+  static constexpr std::size_t kTypes = static_cast<std::size_t>(kLastFrameType) + 1;
   std::array<HeaderBytes, kTypes> sent_last{}, received_last{};
 
   // writing
@@ -69,7 +72,10 @@ struct Stream {
     OutFrame frame;
     HeaderBytes header{};
     std::size_t header_bytes = kHeaderBytes;  // fewer when it is short
-    std::size_t bytes() const { return header_bytes + frame.header.payload_bytes; }
+    bool lent = false;                        // the payload stays in shared memory
+    int descriptor = -1;                      // goes along; frame.keep keeps it open
+    std::size_t payload_bytes() const { return lent ? 0 : frame.header.payload_bytes; }
+    std::size_t bytes() const { return header_bytes + payload_bytes(); }
   };
   std::deque<Out> out;       // the frames now going out; the first one partly
   std::size_t out_sent = 0;  // bytes of the first one

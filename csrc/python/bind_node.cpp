@@ -284,6 +284,7 @@ Map link_dict(const net::LinkStats& link) {
   out["ours"] = link.ours;
   out["unix"] = link.is_unix;
   out["tls"] = link.is_tls;
+  out["shared"] = link.is_shared;
   out["streams"] = link.streams;
   out["sent_bytes"] = link.sent_bytes;
   out["received_bytes"] = link.received_bytes;
@@ -298,7 +299,8 @@ Map link_dict(const net::LinkStats& link) {
 void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
                std::uint64_t run_fingerprint, std::size_t streams, bool force_tcp,
                double link_timeout_s, double grace_s, double quorum, double done_bound_s,
-               const nb::bytes& tls_key, bool pair_keys, const std::string& congestion, bool pace) {
+               const nb::bytes& tls_key, bool pair_keys, const std::string& congestion, bool pace,
+               bool shared_memory) {
   NodeOptions options;
   const bool whole_key = tls_key.size() == 0 || tls_key.size() == net::kTlsKeyBytes;
   if (!whole_key) throw nb::value_error("tls_key has 32 bytes, or none");
@@ -307,6 +309,7 @@ void make_node(Node* at, PeerId peer, const std::vector<std::string>& listen,
   options.mesh.pair_keys = pair_keys;
   options.mesh.streams = streams;
   options.mesh.force_tcp = force_tcp;
+  if (!shared_memory) options.mesh.shared_bytes = 0;
   options.mesh.link_timeout_s = link_timeout_s;
   options.mesh.socket.congestion = congestion;
   options.mesh.socket.pace = pace;
@@ -435,7 +438,8 @@ void bind_node(nb::module_& m) {
   type.def("__init__", &make_node, "peer"_a, "listen"_a, "run_fingerprint"_a, nb::kw_only(),
            "streams"_a = 0, "force_tcp"_a = false, "link_timeout_s"_a = 5.0, "grace_s"_a = 0.0,
            "quorum"_a = 1.0, "done_bound_s"_a = 0.0, "tls_key"_a = nb::bytes("", 0),
-           "pair_keys"_a = false, "congestion"_a = net::SocketOptions{}.congestion, "pace"_a = true)
+           "pair_keys"_a = false, "congestion"_a = net::SocketOptions{}.congestion, "pace"_a = true,
+           "shared_memory"_a = true)
       .def_prop_ro("peer", &Node::self)
       .def_prop_ro("addresses", &Node::addresses)
       .def_prop_ro("event_fd", &Node::event_fd, "Readable while there are events.")

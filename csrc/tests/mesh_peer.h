@@ -16,6 +16,7 @@ struct Got {
   PeerId from = 0;
   Header header;
   std::vector<std::byte> payload;
+  Incoming incoming;  // with `holds`
 };
 
 class TestPeer {
@@ -53,17 +54,19 @@ class TestPeer {
   std::map<PeerId, int> resets;
   std::vector<MeshEvent> events;
   Accept answer = Accept::take;
+  bool holds = false;  // what arrives is not given back
+  bool stays = true;   // payloads that are in memory already are not copied
   Mesh mesh;
 
  private:
   MeshHandler handler() {
     return {
         .on_header =
-            [this](PeerId, const Header& header) {
+            [this](PeerId, const Header& header, bool arrived) {
               Incoming incoming;
               incoming.accept = answer;
               incoming.reason = "the test says so";
-              if (answer != Accept::take) return incoming;
+              if (answer != Accept::take || (arrived && stays)) return incoming;
               auto held = std::make_shared<std::vector<std::byte>>(header.payload_bytes);
               incoming.target = held->data();
               incoming.keep = held;
@@ -71,9 +74,9 @@ class TestPeer {
             },
         .on_payload =
             [this](PeerId from, const Header& header, Incoming incoming) {
-              got.push_back({from, header,
-                             std::vector<std::byte>(incoming.target,
-                                                    incoming.target + header.payload_bytes)});
+              std::vector<std::byte> payload(incoming.target,
+                                             incoming.target + header.payload_bytes);
+              got.push_back({from, header, std::move(payload), holds ? incoming : Incoming{}});
             },
         .next_frame =
             [this](PeerId to, OutFrame& frame) {
