@@ -83,7 +83,8 @@ def test_a_key_has_one_size() -> None:
 
 
 def test_a_mean_in_place() -> None:
-    with team(3, ("tcp://127.0.0.1:0", "unix://")) as nodes:
+    # A view needs a result in one piece: shared memory holds it chunk by chunk.
+    with team(3, ("tcp://127.0.0.1:0", "unix://"), shared_memory=False) as nodes:
         arrays = [np.full(100_000, float(i), np.float32) for i in range(3)]
         works = [
             n.begin([a], borrow=True, weight=w)

@@ -98,18 +98,21 @@ bool Mesh::offered(Stream& s, std::uint32_t segment) {
   return false;
 }
 
+void Mesh::say_gone(Stream& s, std::uint32_t segment) {
+  Header gone;
+  gone.type = FrameType::memory;
+  gone.a = segment;
+  push_control(s, gone);
+  mark_ready(s);
+}
+
 void Mesh::trim_arena(Clock at) {
   if (!arena_) return;
   const std::vector<std::uint32_t> dropped = arena_->trim(at);
   for (const std::uint32_t segment : dropped) {
     for (auto& [id, s] : streams_) {
       if (!s->live() || !s->sharing || s->sharing->asked == segment) continue;
-      if (s->sharing->segments.erase(segment) == 0) continue;
-      Header gone;
-      gone.type = FrameType::memory;
-      gone.a = segment;
-      push_control(*s, gone);
-      mark_ready(*s);
+      if (s->sharing->segments.erase(segment) != 0) say_gone(*s, segment);
     }
   }
 }
@@ -167,8 +170,13 @@ const char* Mesh::take_memory(Stream& s) {
 const char* Mesh::take_answer(Stream& s) {
   Sharing& sharing = *s.sharing;
   if (!sharing.asked || *sharing.asked != s.in.a) return "an answer without a question";
-  sharing.segments[*sharing.asked] = s.in.c == 1;
+  const std::uint32_t segment = *sharing.asked;
   sharing.asked.reset();
+  sharing.segments[segment] = s.in.c == 1;
+  if (arena_->file(segment).fd < 0) {  // dropped while it was offered
+    sharing.segments.erase(segment);
+    say_gone(s, segment);
+  }
   if (s.in.c != 1 && sharing.lends) {
     sharing.lends = false;  // of this stream: it goes on through the socket
     --lending_;

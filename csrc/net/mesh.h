@@ -236,6 +236,7 @@ class Mesh {
   static bool fits(const Loan& loan, std::size_t bytes);
   void take_loan(Stream& s);
   void return_loans(Stream& s);
+  void say_gone(Stream& s, std::uint32_t segment);
   void trim_arena(Clock now);
 
   // links.cpp: dialling, deadlines, growth

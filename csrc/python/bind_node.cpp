@@ -398,7 +398,7 @@ void bind_results(nb::module_& m) {
           "Writes the result to a list of arrays; zeros where nobody contributed.")
       .def(
           "view_f32", [](const Held& h) { return view_f32(h.result); },
-          "A read-only view of an f32 result, or None.");
+          "A read-only view of an f32 result that lies in one piece, or None.");
   nb::class_<Work>(m, "Work", "A round that was begun.")
       .def_prop_ro("tag", &Work::tag)
       .def_prop_ro("seq", &Work::seq)

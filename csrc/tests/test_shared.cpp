@@ -177,6 +177,7 @@ TEST_CASE("only sealed memory of the right size is mapped, and only to read") {
 TEST_CASE("large payloads stay in shared memory, and the memory comes back") {
   MeshOptions options = patient_options();
   bool shared = true;
+  bool tight = false;
   SUBCASE("as it is") {}
   SUBCASE("with several streams") { options.streams = 4; }
   SUBCASE("switched off") {
@@ -185,6 +186,7 @@ TEST_CASE("large payloads stay in shared memory, and the memory comes back") {
   }
   SUBCASE("little room: the rest goes through the socket") {
     options.shared_bytes = std::size_t{9} << 20;
+    tight = true;  // sizes that take turns may push each other out before anything is lent
   }
   TestPeers peers = connected(3, options);
   for (auto& peer : peers) peer->stays = peer->id != 101;  // one of them copies
@@ -215,7 +217,7 @@ TEST_CASE("large payloads stay in shared memory, and the memory comes back") {
   }
   for (auto& peer : peers) {
     CHECK(run_until(peers, [&] { return peer->mesh.lent() == 0; }));
-    CHECK((peer->mesh.lent_so_far() > 0) == shared);
+    if (!tight) CHECK((peer->mesh.lent_so_far() > 0) == shared);
     for (const LinkStats& link : peer->mesh.stats()) CHECK(link.is_shared == shared);
   }
 }
