@@ -252,19 +252,15 @@ void decode_into(const RoundResult& result, const Items& items) {
 
 // The result's floats where they lie; None when they are not one span of f32.
 nb::object view_f32(const std::shared_ptr<const RoundResult>& result) {
-  if (result->spec.op == Op::collect || result->spec.result != Codec::f32) return nb::none();
+  const bool floats = result->spec.op != Op::collect && result->spec.result == Codec::f32;
+  if (!floats || result->chunks.empty()) return nb::none();
   for (std::size_t i = 0; i < result->chunks.size(); ++i) {
-    if (result->chunk_bytes[i] == 0) return nb::none();
-    if (i > 0 && result->chunks[i] != result->chunks[i - 1] + result->chunk_bytes[i - 1]) {
-      return nb::none();
-    }
+    const auto* const end = i > 0 ? result->chunks[i - 1] + result->chunk_bytes[i - 1] : nullptr;
+    if (result->chunk_bytes[i] == 0 || (i > 0 && result->chunks[i] != end)) return nb::none();
   }
-  if (result->chunks.empty()) return nb::none();
-  auto* held = new Held{result};
-  const nb::capsule owner(held, [](void* p) noexcept { delete static_cast<Held*>(p); });
-  const std::size_t shape[] = {result->spec.elements};
-  return nb::cast(
-      nb::ndarray<nb::numpy, const float, nb::ndim<1>>(result->chunks[0], 1, shape, owner));
+  using View = nb::ndarray<nb::numpy, const float, nb::ndim<1>>;
+  const nb::capsule owner(new Held{result}, [](void* p) noexcept { delete static_cast<Held*>(p); });
+  return nb::cast(View(result->chunks[0], {result->spec.elements}, owner));
 }
 
 Map event_dict(const NodeEvent& event) {
@@ -398,7 +394,7 @@ void bind_results(nb::module_& m) {
           "Writes the result to a list of arrays; zeros where nobody contributed.")
       .def(
           "view_f32", [](const Held& h) { return view_f32(h.result); },
-          "A read-only view of an f32 result that lies in one piece, or None.");
+          "A read-only view of an f32 result in one piece, or None.");
   nb::class_<Work>(m, "Work", "A round that was begun.")
       .def_prop_ro("tag", &Work::tag)
       .def_prop_ro("seq", &Work::seq)
