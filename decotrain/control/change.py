@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SETTLE_S = 0.5  # at most, before observers are frozen after the active peers
 _GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
 _NOT_BELIEVED = ("diverged", "unfit", "void")  # whose report no plan is made from
-_ASKED_LAST = ("unfit", "stuck", "diverged", "kicked", "left")  # when nobody better is left
+_ASKED_LAST = ("heard", "unfit", "stuck", "diverged", "kicked", "left")  # if nobody better is left
 _NOT_ASKED = ("exited", "kicked", "diverged", "unfit", "void")
 
 
@@ -242,7 +242,8 @@ class Changes:
             }
         candidates = self._candidates(freeze.reports, set(freeze.reports))
         if not candidates:
-            if c.record.view == 0 or c.ready() - c.out.keys():
+            heard = any(kind == "heard" for kind, _ in c.out.values())  # to be asked last
+            if c.record.view == 0 or heard or c.ready() - c.out.keys():
                 return False
             self._record_empty(freeze, now)
             return True

@@ -195,8 +195,11 @@ class Coordinator:
         peer.routes = message.routes
         peer.figures = message.figures
         peer.measures = Measures(message.share, message.uplink_bps, message.links, message.held_up)
-        if self.out.get(message.peer, ("",))[0] == "silent":
+        kind, reason = self.out.get(message.peer, ("", ""))
+        if kind == "silent":
             del self.out[message.peer]  # it was only slow
+        elif kind == "exited":  # or so said a late hello of what ran in its place before
+            self.out[message.peer] = ("heard", reason)
 
     def _higher_term(self, peer: Peer, term: int) -> None:
         """Somebody else coordinates, or did while our record was away."""
@@ -354,9 +357,8 @@ class Coordinator:
             return
         names = ", ".join(self.name(peer) for peer in found[:4])
         if len(found) == 1:
-            alone = self.known() == set(
-                found
-            )  # else it would stay, as the last who holds the state
+            # Else it would stay, as the last who holds the state.
+            alone = self.known() == set(found)
             kind = "left" if message.leave or alone else "kicked"
             reason = m.ASKED_TO_LEAVE if message.leave else "kicked out by an operator"
             reason += f" ({message.detail})" if message.detail else ""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from decotrain.control import messages as m
+from decotrain.control.effects import Received, identity
 from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
 from decotrain.control.roster import settle_s
 from tests.control.fakes import World, empty_report
@@ -310,6 +311,23 @@ def test_the_process_that_comes_back_ends_its_old_incarnation() -> None:
     assert world.agreed() == (1, 3)
 
 
+def test_a_late_hello_of_an_old_incarnation_does_not_end_the_only_holder() -> None:
+    world = World(min_peers=1)
+    holder = world.add(1, host="h", launch="worker 0")
+    world.run(1.0)
+    old = Member(Identity(run="default", peer=9, name="old", host="h", launch="worker 0"),
+                 random.Random(0))  # fmt: skip
+    old.ready = True
+    world.wire.append((identity(9), b"c", m.encode(old._hello())))
+    world.run(5.0)
+    assert world.texts("suspected") == ["peer1 (0000000000000001): replaced by a new incarnation"]
+    world.add(2)
+    world.run(1.0)
+    assert world.agreed() == (1, 2)
+    assert holder.told[-1].kind == "view"
+    assert not world.texts("generation")
+
+
 def test_misfits_are_refused_with_both_values() -> None:
     world = World(min_peers=1, config={"model": {"width": 64}})
     other = world.add(1, config={"model": {"width": 32}})
@@ -328,8 +346,6 @@ def test_another_protocol_version_is_refused_naming_both() -> None:
     world = World()
     member = Member(Identity(run="default", peer=9, name="old"), random.Random(0))
     hello = m.decode(m.encode(replace(member._hello(), protocol=77)))
-    from decotrain.control.effects import Received, identity
-
     assert world.coordinator is not None
     effects = world.coordinator.step(Received(identity(9), hello), 1.0)
     refusal = next(e.message for e in effects if isinstance(getattr(e, "message", 0), m.Refuse))
