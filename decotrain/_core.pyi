@@ -205,7 +205,7 @@ class Result:
         """Writes the result to a list of arrays; zeros where nobody contributed."""
 
     def view_f32(self) -> object:
-        """A read-only view of an f32 result, or None."""
+        """A read-only view of an f32 result in one piece, or None."""
 
 class Work:
     """A round that was begun."""

@@ -189,9 +189,7 @@ void World::begin_some() {
   }
 }
 
-void World::install(Peer& peer, const Install& made) {
-  peer.engine->install(made, now);
-}
+void World::install(Peer& peer, const Install& made) { peer.engine->install(made, now); }
 
 // Whoever is in a sum is named, also when it has left, and also by who came after that.
 void World::check_names(const Peer& peer, const RoundResult& result) {

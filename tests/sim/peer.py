@@ -361,6 +361,8 @@ class SimPeer:
             self.returned(result)
         elif not self.versions.void[tag] and self.versions.version[tag] == result.seq:
             self.apply(result)
+        elif result.seq > self.versions.version[tag]:
+            self.versions.passed(tag, result.seq)
 
     def returned(self, result: Any) -> None:
         peers = dict(result.peers)
