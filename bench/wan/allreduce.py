@@ -12,7 +12,7 @@ congestion=cubic (the system's default at all sites), control=system (ours leave
 we take BBR where the kernel has it), pace=0 (no ceilings), scale=1 (rates, bytes and chunks divided
 by it: the same round on a machine too slow for the link), gap_s=0 (between two rounds: a second and
 more is how training does it), fragments=1 (one more variant: the buffer as so many rounds of
-which two are under way, as streaming DiLoCo has it).
+which up to three are under way, as streaming DiLoCo has it).
 """
 
 from __future__ import annotations
