@@ -121,9 +121,9 @@ void Mesh::trim_arena(Clock at) {
 
 bool Mesh::on_sharing_frame(Stream& s, Clock at) {
   s.has_header = false;
-  const char* wrong = "";
+  const char* wrong = "shared memory out of place";
   if (!s.sharing || s.in.payload_bytes != 0) {
-    wrong = "shared memory out of place";
+    // refused below
   } else if (s.in.type == FrameType::lend) {
     wrong = take_lend(s);
   } else if (s.in.type == FrameType::returned) {

@@ -35,6 +35,7 @@ std::shared_ptr<const void> keep_arrays(std::vector<Array> arrays) {
 }
 
 void bind_fetch(nanobind::module_& m);
+void bind_pool(nanobind::module_& m);
 void bind_state(nanobind::class_<Node>& node);
 
 }  // namespace decotrain

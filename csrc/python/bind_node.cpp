@@ -411,22 +411,21 @@ void bind_results(nb::module_& m) {
           "After wait(). None: missed results must be taken before this round can begin.");
 }
 
+nb::typed<nb::list, Map> links_of(Node& node) {
+  std::vector<net::LinkStats> links;
+  {
+    const nb::gil_scoped_release released;
+    links = node.links();
+  }
+  return list_of(links, link_dict);
+}
+
 }  // namespace
 }  // namespace decotrain
 
 void bind_node(nb::module_& m) {
   using namespace decotrain;
-  m.def(
-      "pool_figures",
-      [](bool reset) {
-        const PoolFigures figures = pool_figures(reset);
-        Map out;
-        out["in_use_bytes"] = figures.in_use_bytes;
-        out["peak_bytes"] = figures.peak_bytes;
-        out["free_bytes"] = figures.free_bytes;
-        return out;
-      },
-      "reset_peak"_a = false, "Memory of all rounds of this process: in use, at most, kept free.");
+  bind_pool(m);
   bind_results(m);
   bind_fetch(m);
   using Guard = nb::call_guard<nb::gil_scoped_release>;
@@ -467,18 +466,9 @@ void bind_node(nb::module_& m) {
       .def(
           "events", [](Node& node) { return list_of(node.take_events(), event_dict); },
           "What happened since the last call: kind, tag, seq, peer, detail.")
-      .def(
-          "links",
-          [](Node& node) {
-            std::vector<net::LinkStats> links;
-            {
-              const nb::gil_scoped_release released;
-              links = node.links();
-            }
-            return list_of(links, link_dict);
-          },
-          "One map for each link: peer, up, ours, unix, tls, streams, bytes, rates, congestion, "
-          "via.")
+      .def("links", &links_of,
+           "One map for each link: peer, up, ours, unix, tls, streams, bytes, rates, congestion, "
+           "via.")
       .def(
           "measures",
           [](Node& node) {

@@ -1,4 +1,4 @@
-// Shared state for Python: what Node serves and fetches.
+// Shared state for Python: what Node serves and fetches; and what memory the rounds use.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "buffers.h"
 #include "node.h"
 #include "python/arrays.h"
 
@@ -134,6 +135,20 @@ void bind_state(nb::class_<Node>& node) {
       .def("set_fetch_peers", &Node::set_fetch_peers, "fetch"_a, "peers"_a, Guard(),
            "Others to ask from now on; what is fetched stays.")
       .def("cancel", &Node::cancel, "fetch"_a, Guard());
+}
+
+void bind_pool(nb::module_& m) {
+  m.def(
+      "pool_figures",
+      [](bool reset) {
+        const PoolFigures figures = pool_figures(reset);
+        nb::typed<nb::dict, nb::str, nb::any> out;
+        out["in_use_bytes"] = figures.in_use_bytes;
+        out["peak_bytes"] = figures.peak_bytes;
+        out["free_bytes"] = figures.free_bytes;
+        return out;
+      },
+      "reset_peak"_a = false, "Memory of all rounds of this process: in use, at most, kept free.");
 }
 
 }  // namespace decotrain
