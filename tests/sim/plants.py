@@ -82,8 +82,8 @@ class Plants:
 
 
 def _newcomer_early(right: Callable[..., Any]) -> Callable[..., Any]:
-    def covers(report: Any, source: Any, tag: int, stable: int, values: Any) -> bool:
-        return bool(right(report, source, tag, stable - 1, values))
+    def covers(report: Any, source: Any, tag: int, stable: int, *others: Any) -> bool:
+        return bool(right(report, source, tag, stable - 1, *others))
 
     return covers
 
