@@ -250,7 +250,7 @@ std::shared_ptr<Work> Node::begin(BeginArgs args) {
   return work;
 }
 
-// A round waits while there is no view, or while too many of the tag are open. When results were
+// A round waits while there is no view, or while the tag's last one is open. When results were
 // missed the caller must take them first: it is told so, because it cannot know.
 void Node::start_waiting(double now) {
   for (auto it = waiting_.begin(); it != waiting_.end();) {
@@ -258,7 +258,7 @@ void Node::start_waiting(double now) {
     Waiting& next = it->second;
     if (!engine_.missed(tag).empty()) {
       next.work->complete(nullptr);
-    } else if (!engine_.may_begin(tag, next.args.spec.ahead)) {
+    } else if (!engine_.may_begin(tag)) {
       it = waiting_.upper_bound(tag);
       continue;
     } else {

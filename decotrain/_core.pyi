@@ -51,7 +51,7 @@ class Receiving:
     @property
     def payload_bytes(self) -> int: ...
 
-def pack_spec(op: int = 0, rule: int = 0, contribution: int = 0, result: int = 0, rule_parameter: float = 0.0, elements: int = 0, chunk_elements: int = 262144, ahead: int = 0) -> bytes: ...
+def pack_spec(op: int = 0, rule: int = 0, contribution: int = 0, result: int = 0, rule_parameter: float = 0.0, elements: int = 0, chunk_elements: int = 262144) -> bytes: ...
 
 def digest(data: bytes) -> int: ...
 
@@ -63,7 +63,7 @@ class Engine:
         Copies `data` and begins the tag's next round; None contributes nothing.
         """
 
-    def may_begin(self, tag: int, ahead: int = 0) -> bool: ...
+    def may_begin(self, tag: int) -> bool: ...
 
     def next(self, tag: int) -> int: ...
 
@@ -275,7 +275,7 @@ class Node:
         Begins the tag's next round with the buffers as one flat space; returns at once.
         """
 
-    def collect(self, data: bytes | None, *, tag: int = 0, max_bytes: int = 65536, state_digest: int = 0, ahead: int = 0) -> Work: ...
+    def collect(self, data: bytes | None, *, tag: int = 0, max_bytes: int = 65536, state_digest: int = 0) -> Work: ...
 
     def missed(self, tag: int) -> list[int]: ...
 
@@ -306,7 +306,7 @@ class Node:
 
     def links(self) -> list[dict[str, Any]]:
         """
-        One map for each link: peer, up, ours, unix, tls, streams, bytes, rates, congestion, via.
+        One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, pace_bps, congestion, via.
         """
 
     def measures(self) -> dict[str, Any]:

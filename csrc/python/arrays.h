@@ -4,7 +4,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -14,13 +13,6 @@ namespace decotrain {
 
 using ReadArray = nanobind::ndarray<nanobind::ro, nanobind::c_contig, nanobind::device::cpu>;
 using WriteArray = nanobind::ndarray<nanobind::c_contig, nanobind::device::cpu>;
-
-inline constexpr nanobind::dlpack::dtype kBf16{
-    static_cast<std::uint8_t>(nanobind::dlpack::dtype_code::Bfloat), 16, 1};
-inline constexpr nanobind::dlpack::dtype kF16{
-    static_cast<std::uint8_t>(nanobind::dlpack::dtype_code::Float), 16, 1};
-inline constexpr nanobind::dlpack::dtype kU16{
-    static_cast<std::uint8_t>(nanobind::dlpack::dtype_code::UInt), 16, 1};
 
 // Arrays belong to Python, but their last user is mostly the network thread, which never takes the
 // GIL: it leaves them on a heap, and the next call from Python lets them go.
