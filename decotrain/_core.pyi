@@ -306,7 +306,7 @@ class Node:
 
     def links(self) -> list[dict[str, Any]]:
         """
-        One map for each link: peer, up, ours, unix, tls, streams, bytes, rtt_s, rate_bps, pace_bps, congestion, via.
+        One map for each link: peer, up, ours, unix, tls, streams, bytes, rates, congestion, via.
         """
 
     def measures(self) -> dict[str, Any]:
