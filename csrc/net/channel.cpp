@@ -159,6 +159,13 @@ void Channel::choose_congestion(const std::string& name) {
                    static_cast<socklen_t>(name.size()));
 }
 
+void Channel::restart_control() {
+  const std::string name = congestion();
+  choose_congestion(
+      "reno");  // every kernel has it; a control that is chosen again is not begun anew
+  choose_congestion(name);
+}
+
 void Channel::limit_rate(double bytes_per_s) {
   const bool limited = bytes_per_s > 0.0 && bytes_per_s < kRateMax;
   const std::uint32_t rate = limited ? static_cast<std::uint32_t>(bytes_per_s) : kNoRateLimit;

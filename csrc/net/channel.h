@@ -89,6 +89,7 @@ class Channel {
   std::optional<PathProgress> progress() const;  // nothing: the kernel does not say
   // Asks for a congestion control, and has it or the kernel's default after.
   void choose_congestion(const std::string& name);
+  void restart_control();                   // it forgets what it knows of the path
   void limit_rate(double bytes_per_s);      // of what is sent; 0: no limit
   void limit_in_flight(std::size_t bytes);  // what the kernel may hold, sent or not
   void limit_unsent(std::size_t bytes);     // what the kernel may hold and has not sent yet

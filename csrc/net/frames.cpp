@@ -13,6 +13,8 @@ namespace {
 constexpr std::size_t kFramesPerWrite = 16;
 constexpr std::size_t kGatherBytes = 256 << 10;     // small frames share a system call up to this
 constexpr std::size_t kLargeFrameBytes = 64 << 10;  // worth timing
+constexpr std::size_t kBulkBytes = 8 << 10;         // in one turn: payloads, not words
+constexpr double kPause_s = 0.5;
 constexpr int kTurnsPerServe = 4;  // system calls for one stream before others have their turn
 
 std::span<const std::byte> staged_bytes(const Stream& s) {
@@ -331,6 +333,13 @@ bool Mesh::refill(Stream& s) {
     push_back(s, std::move(out));
   }
   s.frame_started = now();
+  if (bytes >= kBulkBytes) {
+    // What BBR knows is from before the pause: it would stop in the middle of a round to measure
+    // the delay again, and begin at what a few words in the pause carried. The ceiling is what to
+    // trust.
+    if (link->ceiling > 0.0 && s.frame_started - s.bulk_at > kPause_s) s.channel.restart_control();
+    s.bulk_at = s.frame_started;
+  }
   return !s.out.empty();
 }
 

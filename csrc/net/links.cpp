@@ -11,13 +11,14 @@ namespace {
 constexpr double kIdleTurn_s = 1.0;
 constexpr double kGrowthMinRtt_s = 0.005;  // below it one stream fills the path
 constexpr double kLongPath_s = 0.02;
+constexpr std::size_t kStreamsBbr =
+    2;  // while one of them measures the delay the other one goes on
 constexpr double kGrowthMinBytes = 256 << 10;   // bandwidth x delay below which more is no use
 constexpr double kGrowthMinBytesBbr = 2 << 20;  // for each stream: what the kernel buffers for it
 constexpr double kGrowthGain = 1.15;
 constexpr double kGrowthPause_s = 30.0;
 constexpr double kPaceMin_s = 0.1;       // between two measurements of a path,
 constexpr double kPaceRoundTrips = 2.0;  // and at least so many of its round trips
-constexpr double kPaceTurns = 2.0;       // longer than so many of them: it was idle in between
 constexpr double kUnsent_s = 0.02;       // of a stream's rate, what waits in the kernel
 constexpr std::size_t kUnsentMinBytes = 16 << 10;
 constexpr double kUplinkDecay = 0.9;  // for each judgement
@@ -26,7 +27,8 @@ constexpr double kJudgeBusy_s = 0.5;  // time with something to send before the 
 }  // namespace
 
 std::size_t streams_for(double rtt_s, bool fears_loss) {
-  if (rtt_s < kGrowthMinRtt_s || !fears_loss) return 1;
+  if (rtt_s < kGrowthMinRtt_s) return 1;
+  if (!fears_loss) return kStreamsBbr;
   return rtt_s < kLongPath_s ? 4 : 8;
 }
 
@@ -207,54 +209,77 @@ void Mesh::note_busy(Link& link, Clock at) {
   }
   if (link.busy_since != 0 && sent >= link.busy_mark) {
     link.busy_s += at - link.busy_since;
-    link.paced_busy_s += at - link.busy_since;
+    link.watch.busy_s += at - link.busy_since;
     link.busy_bytes += sent - link.busy_mark;
   }
   link.busy_since = busy ? at : 0;
   link.busy_mark = sent;
-  // A ceiling keeps CUBIC's windows from growing: what it then carries is learnt as all there is.
-  const bool paced = options_.socket.pace && !link.fears_loss && link.rtt_s >= kGrowthMinRtt_s;
-  if (paced && (busy || link.paced_busy_s > 0.0)) {
-    pace(link, at);
-  }
+  if (is_paced(link) && (busy || link.watch.busy_s > 0.0)) pace(link, at);
 }
 
-// Looks at what the kernel says of the streams and sets their ceiling anew. All get the same share:
-// which of them a frame takes is decided as they have room.
-void Mesh::pace(Link& link, Clock at) {
-  const double turn_s = std::max(kPaceMin_s, kPaceRoundTrips * link.rtt_s);
-  if (link.paced_at != 0 && at - link.paced_at < turn_s) return;
-  PathProgress sum;
+bool Mesh::is_paced(const Link& link) const {
+  // A ceiling keeps CUBIC's windows from growing: what it then carries is learnt as all there is.
+  return options_.socket.pace && !link.fears_loss && link.rtt_s >= kGrowthMinRtt_s;
+}
+
+// What the kernel says of a link's streams is added to `sum`; how many they are.
+std::size_t Mesh::add_progress(const Link& link, PathProgress& sum) {
   std::size_t asked = 0;
   for (const std::uint64_t id : link.streams) {
     const Stream* s = stream(id);
     const auto one = s != nullptr ? s->channel.progress() : std::nullopt;
     if (!one) continue;
     ++asked;
-    sum.delivered_bytes += one->delivered_bytes;
-    sum.resent_bytes += one->resent_bytes;
-    sum.rtt_s += one->rtt_s;
-    sum.rtt_min_s = sum.rtt_min_s == 0.0 ? one->rtt_min_s : std::min(sum.rtt_min_s, one->rtt_min_s);
+    sum += *one;
   }
-  const PathProgress mark = std::exchange(link.paced_mark, sum);
-  const Clock since = std::exchange(link.paced_at, at);
-  const double busy_s = std::exchange(link.paced_busy_s, 0.0);
-  const bool same = std::exchange(link.paced_streams, asked) == asked;
-  if (asked == 0 || !same || since == 0 || at - since > kPaceTurns * turn_s ||
-      sum.delivered_bytes < mark.delivered_bytes || sum.resent_bytes < mark.resent_bytes) {
-    return;
+  return asked;
+}
+
+// Looks at what the kernel says of the streams and sets ceilings anew.
+void Mesh::pace(Link& link, Clock at) {
+  const double turn_s = std::max(kPaceMin_s, kPaceRoundTrips * link.rtt_s);
+  if (!link.watch.due(at, turn_s)) return;
+  PathProgress sum;
+  const std::size_t asked = add_progress(link, sum);
+  link.watch.look(sum, asked, at, turn_s);
+  share_out();
+}
+
+// The same for all long links together.
+void Mesh::pace_uplink(Clock at) {
+  double rtt_s = 0.0;
+  for (const auto& [peer, link] : links_) {
+    if (is_paced(link)) rtt_s = std::max(rtt_s, link.rtt_s);
   }
-  const PathProgress change{sum.delivered_bytes - mark.delivered_bytes,
-                            sum.resent_bytes - mark.resent_bytes,
-                            sum.rtt_s / static_cast<double>(asked), sum.rtt_min_s};
-  link.pacer.observe(change, at - since, busy_s);
-  const double each = link.pacer.ceiling() / static_cast<double>(asked);
-  for (const std::uint64_t id : link.streams) {
-    Stream* s = stream(id);
-    if (s == nullptr) continue;
-    s->channel.limit_rate(each);
-    if (each > 0.0) {
-      const auto unsent = static_cast<std::size_t>(kUnsent_s * each);
+  const double turn_s = std::max(kPaceMin_s, kPaceRoundTrips * rtt_s);
+  if (rtt_s == 0.0 || !uplink_watch_.due(at, turn_s)) return;
+  PathProgress sum;
+  std::size_t asked = 0;
+  for (const auto& [peer, link] : links_) {
+    if (is_paced(link)) asked += add_progress(link, sum);
+  }
+  uplink_watch_.look(sum, asked, at, turn_s);
+}
+
+// Ceilings of all long links, alike for those that are about alike. The streams of a link get the
+// same share: which of them a frame takes is decided as they have room.
+void Mesh::share_out() {
+  std::vector<Link*> paced;
+  std::vector<double> learnt;
+  for (auto& [peer, link] : links_) {
+    if (link.streams.empty() || link.watch.pacer.ceiling() == 0.0) continue;
+    paced.push_back(&link);
+    learnt.push_back(link.watch.pacer.ceiling());
+  }
+  const std::vector<double> ceilings = level(learnt, uplink_watch_.pacer.ceiling());
+  for (std::size_t i = 0; i < paced.size(); ++i) {
+    paced[i]->ceiling = ceilings[i];
+    const double each = ceilings[i] / static_cast<double>(paced[i]->streams.size());
+    const auto unsent = static_cast<std::size_t>(kUnsent_s * each);
+    for (const std::uint64_t id : paced[i]->streams) {
+      Stream* s = stream(id);
+      if (s == nullptr) continue;
+      s->channel.limit_rate(each);
       s->channel.limit_unsent(
           std::clamp(unsent, kUnsentMinBytes, options_.socket.long_notsent_bytes));
     }
@@ -274,10 +299,12 @@ void Mesh::note_uplink(Clock at) {
   }
   if (uplink_since_ != 0) {
     uplink_busy_s_ += at - uplink_since_;
+    uplink_watch_.busy_s += at - uplink_since_;
     uplink_bytes_ += tcp_sent_bytes_ - uplink_mark_;
   }
   uplink_since_ = 2 * waiting > up ? at : 0;
   uplink_mark_ = tcp_sent_bytes_;
+  if (uplink_watch_.busy_s > 0.0) pace_uplink(at);
   if (uplink_busy_s_ < kJudgeBusy_s) return;
   const double rate_bps = 8.0 * static_cast<double>(uplink_bytes_) / uplink_busy_s_;
   // One slow receiver holds less than all of the uplink busy: high figures last.
@@ -342,7 +369,7 @@ std::vector<LinkStats> Mesh::stats() const {
     stats.received_bytes = link.received_bytes;
     stats.rtt_s = link.rtt_s;
     stats.rate_bps = link.rate_bps;
-    stats.pace_bps = 8.0 * link.pacer.ceiling();
+    stats.pace_bps = 8.0 * link.ceiling;
     stats.via = link.via;
     for (const std::uint64_t id : link.streams) {
       const auto it = streams_.find(id);

@@ -173,11 +173,8 @@ class Mesh {
     double rate_bps = 0.0, rate_before = 0.0;
     Clock no_growth_until = 0;
     // how fast they may go together
-    Pacer pacer;
-    PathProgress paced_mark;
-    Clock paced_at = 0;
-    double paced_busy_s = 0.0;
-    std::size_t paced_streams = 0;
+    PathWatch watch;
+    double ceiling = 0.0;                              // bytes a second that are set; 0: none
     std::uint64_t sent_bytes = 0, received_bytes = 0;  // of streams now closed
   };
   using Streams = std::unordered_map<std::uint64_t, std::unique_ptr<Stream>>;
@@ -250,7 +247,11 @@ class Mesh {
   void suit_path(Link& link, Stream& s);
   void judge_rate(Link& link, Clock now);
   void note_busy(Link& link, Clock now);
+  bool is_paced(const Link& link) const;
+  std::size_t add_progress(const Link& link, PathProgress& sum);
   void pace(Link& link, Clock now);
+  void pace_uplink(Clock now);
+  void share_out();
   void note_uplink(Clock now);
   void tell_sources(Link& link);
   void due(Clock at) { due_ = at < due_ ? at : due_; }
@@ -287,6 +288,7 @@ class Mesh {
   std::uint64_t uplink_bytes_ = 0, uplink_mark_ = 0;
   Clock uplink_since_ = 0;
   double uplink_bps_ = 0.0;
+  PathWatch uplink_watch_;
   std::vector<MeshEvent> events_;
   std::vector<std::byte> discard_;
   std::mt19937_64 jitter_;

@@ -12,6 +12,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace decotrain::net {
 
@@ -19,8 +20,10 @@ namespace decotrain::net {
 struct PathProgress {
   std::uint64_t delivered_bytes = 0;  // arrived at the other side, in whatever order
   std::uint64_t resent_bytes = 0;
-  double rtt_s = 0.0;      // as it is now, the mean of the streams
+  double rtt_s = 0.0;      // as it is now; of several streams the sum, as all that is here
   double rtt_min_s = 0.0;  // without queues
+
+  PathProgress& operator+=(const PathProgress& other);
 };
 
 class Pacer {
@@ -29,8 +32,6 @@ class Pacer {
   void observe(const PathProgress& change, double time_s, double busy_s);
   // Bytes of payload a second; 0: no ceiling yet.
   double ceiling() const;
-  // Nothing learnt holds any more (another path, other streams).
-  void forget() { *this = Pacer{}; }
 
  private:
   void remember(double rate);
@@ -44,5 +45,29 @@ class Pacer {
   double gain_ = 1.0;
   std::size_t steady_ = 0;  // measurements since the last change of gain
 };
+
+// What streams that share a path did since the last look, given to a pacer.
+class PathWatch {
+ public:
+  Pacer pacer;
+  double busy_s = 0.0;  // since the last look, with more to send than the kernel took
+
+  bool due(double now_s, double turn_s) const { return at_s_ == 0.0 || now_s - at_s_ >= turn_s; }
+  // Counters of `streams` streams, added up; `turn_s` is the least time between two looks. A look
+  // after a pause, or at other streams than the last one, says nothing.
+  void look(const PathProgress& sum, std::size_t streams, double now_s, double turn_s);
+
+ private:
+  PathProgress mark_;
+  double at_s_ = 0.0;
+  std::size_t streams_ = 0;
+};
+
+// Ceilings of the links of one uplink, as each learnt its own (all above 0), of which all together
+// get at most `total` (0: no such limit): those that are about alike become alike. In a round every
+// neighbour gets the same number of bytes, so a link that is a tenth slower by chance makes the
+// round a tenth longer. A link that learnt clearly less than an equal share is limited by its own
+// path: it keeps what it learnt, and the others share the rest.
+std::vector<double> level(const std::vector<double>& ceilings, double total);
 
 }  // namespace decotrain::net

@@ -87,6 +87,7 @@ struct Stream {
   std::uint64_t sent_bytes = 0, received_bytes = 0;
   std::int64_t acknowledged_bytes = 0;
   Clock ping_sent = 0;  // 0: none outstanding
+  Clock bulk_at = 0;    // when payloads last went out
   Clock frame_started = 0;
   double frame_s = 0.0;  // smoothed duration of a large frame
 

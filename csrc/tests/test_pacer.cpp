@@ -55,8 +55,6 @@ TEST_CASE("there is no ceiling while a link still speeds up, and one when it sto
   }
   pacer.observe({9'000'000, 0, kRtt_s, kRtt_s}, 1.0, 1.0);
   CHECK(pacer.ceiling() == 9e6);
-  pacer.forget();
-  CHECK(pacer.ceiling() == 0.0);
 }
 
 TEST_CASE("a ceiling is what arrives when the path is overrun") {
@@ -108,6 +106,43 @@ TEST_CASE("a ceiling follows a path that becomes wider or narrower") {
   double sum = 0.0;
   for (const Pacer& pacer : path.pacers) sum += pacer.ceiling();
   CHECK(sum < 1.15 * path.capacity);
+}
+
+TEST_CASE("links that learnt about the same get the same, and no more than the uplink has") {
+  CHECK(level({}, 0.0).empty());
+  CHECK(level({9e6, 11e6, 10e6}, 0.0) == std::vector<double>(3, 10e6));
+  CHECK(level({9e6, 11e6, 10e6}, 24e6) == std::vector<double>(3, 8e6));
+  CHECK(level({9e6, 11e6, 10e6}, 90e6) == std::vector<double>(3, 10e6));  // it raises none
+}
+
+TEST_CASE("a link whose own path is slow keeps what it learnt, and the others share the rest") {
+  CHECK(level({10e6, 1e6, 12e6}, 0.0) == std::vector<double>{11e6, 1e6, 11e6});
+  CHECK(level({10e6, 1e6, 12e6}, 21e6) == std::vector<double>{10e6, 1e6, 10e6});
+  CHECK(level({4e6, 1e6, 12e6}, 0.0) == std::vector<double>{4e6, 1e6, 12e6});
+  // In between it is raised a little, to see.
+  CHECK(level({10e6, 15e6}, 0.0) == std::vector<double>{11.5e6, 13.5e6});
+  // Neither gets more than the uplink, be it slower than both paths.
+  CHECK(level({10e6, 50e6}, 8e6) == std::vector<double>(2, 4e6));
+}
+
+TEST_CASE("a look after a pause, at other streams or at counters that began anew says nothing") {
+  PathWatch watch;
+  const auto busy_look = [&](std::uint64_t delivered, std::size_t streams, double now_s) {
+    watch.busy_s = 0.2;
+    watch.look({delivered, 0, kRtt_s, kRtt_s}, streams, now_s, kTurn_s);
+  };
+  CHECK(watch.due(1.0, kTurn_s));
+  busy_look(5'000'000, 1, 1.0);
+  CHECK_FALSE(watch.due(1.1, kTurn_s));
+  CHECK(watch.due(1.2, kTurn_s));
+  busy_look(6'000'000, 1, 1.2);
+  CHECK(watch.pacer.ceiling() == 0.0);  // one rate: is it still growing?
+  busy_look(9'000'000, 2, 1.4);
+  busy_look(8'000'000, 2, 1.6);
+  busy_look(50'000'000, 2, 3.6);
+  CHECK(watch.pacer.ceiling() == 0.0);
+  busy_look(51'000'000, 2, 3.8);
+  CHECK(watch.pacer.ceiling() == doctest::Approx(5e6));
 }
 
 }  // namespace decotrain::net
