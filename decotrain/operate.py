@@ -202,7 +202,7 @@ def _link_lines(peers: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(
                 f"  {peer['name']:>18} -> {names.get(link['peer'], link['peer']):<18}"
                 f" {_rate(link['out_bps']):>9}"
-                + (" same machine" if link["unix"] else f" {1e3 * link['rtt_s']:.1f} ms")
+                + _way(link)
             )
         for other in peer["links_down"]:
             lines.append(f"  {peer['name']:>18} -- {names.get(other, other):<18} broken")
@@ -217,6 +217,16 @@ def _link_lines(peers: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     lines += [f"  {who} waited {s:.1f} s for {other}" for s, who, other in sorted(waits)[:-5:-1]]
     return lines
+
+
+def _way(link: Mapping[str, Any]) -> str:
+    """How the bytes of a link travel."""
+    if link["unix"]:
+        return " same machine, shared memory" if link["shared"] else " same machine"
+    control = f" {link['congestion']}" if link["congestion"] else ""
+    if link["pace_bps"]:
+        control += f", at most {_rate(link['pace_bps'])}"
+    return f" {1e3 * link['rtt_s']:.1f} ms{control}"
 
 
 def _newest_rounds(peers: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -147,7 +147,7 @@ class Changes:
             number=(c.record.term, self.number),
             targets=c.members().keys() | c.ready(),
             started_s=now,
-            deadline_s=now + c.options.report_timeout_s,
+            deadline_s=max(now + c.options.report_timeout_s, c.patient_until_s),
             sent_s=now,
             all_asked=not self._promotable(now),
             settle_s=settle_s(c.peers[key] for key in self._promotable(now)),

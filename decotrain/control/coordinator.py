@@ -15,15 +15,14 @@ from typing import Any
 from decotrain import __version__
 from decotrain.control import messages as m
 from decotrain.control.change import Changes
-from decotrain.control.closed import answer_time, suspect_closed
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.measures import Measures
 from decotrain.control.record import BARRED_MAX, Record, RecordMember
 from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
 from decotrain.control.status import status
+from decotrain.control.suspicion import answer_time, dark, hear, slept, suspect
 
 ID_LETTERS_MIN = 6  # that name a peer for an operator
-STALL_S = 1.0  # between two steps: then it was we who slept, not the peers
 EVENTS_MAX = 256
 
 
@@ -69,6 +68,8 @@ class Coordinator:
         self.asking_s: float | None = None  # when a heartbeat that was asked for is late
         self.started_s: float | None = None
         self.stepped_s = 0.0
+        self.heard_s = 0.0  # anybody
+        self.patient_until_s = 0.0  # with who is silent
         self.stopped = False
         self.recovering = self.record.view != 0  # FREEZE first, when its peers are back
         self.lost_s: float | None = None  # since when peers of an unrecorded view are heard
@@ -86,19 +87,15 @@ class Coordinator:
             return []
         self.effects = []
         if self.started_s is None:
-            self.started_s = self.stepped_s = now
+            self.started_s = self.stepped_s = self.heard_s = now
             term = self.record.term + 1 if self.record.term else self.options.first_term
             self.persist(replace(self.record, term=term))
             self.log("started", f"run {self.record.run}, term {self.record.term}", now)
-        elif now - self.stepped_s > STALL_S:
-            for peer in self.peers.values():
-                peer.heard_s += now - self.stepped_s
-        self.stepped_s = now
+        slept(self, now)
         if isinstance(event, Received):
             self._receive(event, now)
-        if not self.stopped:
-            self._suspect_silent(now)
-            suspect_closed(self, now, isinstance(event, Tick))
+        if not self.stopped and not dark(self, now):
+            suspect(self, now, isinstance(event, Tick))
             self._relay(now)
             self.changes.advance(now)
         return self.effects
@@ -166,6 +163,7 @@ class Coordinator:
             else:
                 self.send(message.peer, m.Evicted(self.record.run, message.peer, *gone))
             return
+        hear(self, now)
         peer.heard_s = now
         if isinstance(message, m.Heartbeat):
             self._heartbeat(peer, message, now)
@@ -229,6 +227,7 @@ class Coordinator:
             return
         if self.record.config is None and hello.config is not None:
             self.persist(replace(self.record, config=hello.config))
+        hear(self, now)
         peer = self.peers.get(hello.peer)
         if peer is None:
             peer = self.peers[hello.peer] = Peer(hello=hello, heard_s=now, joined_s=now)
@@ -376,14 +375,6 @@ class Coordinator:
         if key and key not in barred:
             self.persist(replace(self.record, barred=(*barred, key)[-BARRED_MAX:]))
         return bool(key)
-
-    def _suspect_silent(self, now: float) -> None:
-        timeout_s = self.options.suspect_timeout_s
-        doubted = {other for peer in self.peers.values() for other in peer.down}
-        for key, peer in list(self.peers.items()):
-            bound_s = timeout_s / 2 if key in doubted else timeout_s
-            if now - peer.heard_s > bound_s:
-                self.leave_out(key, "silent", f"not heard for {now - peer.heard_s:.1f} s", now)
 
     def next_s(self) -> float | None:
         """When a tick must not come later than usual."""

@@ -19,7 +19,7 @@ class Measures:
 
     share: float = 1.0  # 0: owns nothing, as it cannot be dialled
     uplink_bps: float = 0.0  # 0: not measured
-    links: list[list[Any]] = field(default_factory=list)  # peer, out, in (bit/s), rtt_s, unix
+    links: list[list[Any]] = field(default_factory=list)
     held_up: list[list[Any]] = field(default_factory=list)  # peer, seconds that we waited for it
 
 
@@ -49,7 +49,7 @@ class Meter:
                 for one, old in zip((sent, received), before, strict=True)
             ]
             if link["up"]:
-                rows.append([link["peer"], *rates, float(link["rtt_s"]), bool(link["unix"])])
+                rows.append([link["peer"], *rates, float(link["rtt_s"]), *_kind(link)])
         self.undialled = self.undialled + 1 if self._nobody_dials(links) else 0
         return Measures(
             share=0.0 if self.undialled >= UNDIALLED_LOOKS else self.share,
@@ -63,3 +63,9 @@ class Meter:
         over_tcp = [link for link in links if link["up"] and not link["unix"]]
         their_turn = any(link["ours"] and link["peer"] < self.peer for link in over_tcp)
         return their_turn and all(link["ours"] for link in over_tcp)
+
+
+def _kind(link: Mapping[str, Any]) -> list[Any]:
+    """How bytes travel: what a row says after its rates."""
+    pace_bps, control = float(link["pace_bps"]), str(link["congestion"])[:16]
+    return [bool(link["unix"]), bool(link["shared"]), pace_bps, control]

@@ -33,7 +33,7 @@ from decotrain.control.fields import (
 )
 from decotrain.errors import MessageError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MESSAGE_BYTES_MAX = 16 << 20  # a report names every chunk of every open round
 CONFIG_BYTES_MAX = 256 << 10
 FIGURES_MAX = 40
@@ -112,9 +112,14 @@ class Heartbeat:
     figures: Annotated[dict[str, Any], figures]
     share: Annotated[float, number(0, 1e6)]  # 0: owns nothing, as nobody can dial it
     uplink_bps: Annotated[float, number(0, 1e15)]  # 0: not measured
-    # peer, out and in (bit/s), round trip (s), over a Unix socket
+    # peer, out and in (bit/s), round trip (s), over a Unix socket, with shared memory, our own
+    # ceiling (bit/s, 0: none), congestion control of what we send
     links: Annotated[
-        list[list[Any]], sequence(row(peer_id, u64, u64, number(0, 1e6), boolean), PEERS_MAX)
+        list[list[Any]],
+        sequence(
+            row(peer_id, u64, u64, number(0, 1e6), boolean, boolean, number(0, 1e15), text(16)),
+            PEERS_MAX,
+        ),
     ]
     held_up: Annotated[list[list[Any]], sequence(row(peer_id, number(0, 1e12)), PEERS_MAX)]  # s
 

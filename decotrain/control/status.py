@@ -64,10 +64,10 @@ def _row(c: Coordinator, key: int, now: float) -> dict[str, Any]:
     return row
 
 
-def _link(peer: int, out_bps: int, in_bps: int, rtt_s: float, unix: bool) -> dict[str, Any]:
-    return {
-        "peer": f"{peer:016x}", "out_bps": out_bps, "in_bps": in_bps, "rtt_s": rtt_s, "unix": unix,
-    }  # fmt: skip
+def _link(peer: int, *said: Any) -> dict[str, Any]:
+    """A row of messages.Heartbeat.links."""
+    names = ("out_bps", "in_bps", "rtt_s", "unix", "shared", "pace_bps", "congestion")
+    return {"peer": f"{peer:016x}", **dict(zip(names, said, strict=True))}
 
 
 def _waited_s(peer: Peer) -> list[list[Any]]:
@@ -120,13 +120,20 @@ def prometheus(known: Mapping[str, Any]) -> str:
         for key, value in sorted(peer["figures"].items())
         if isinstance(value, int | float)
     ]
-    for name in ("out_bps", "in_bps", "rtt_s"):
+    for name in ("out_bps", "in_bps", "rtt_s", "shared", "pace_bps"):
         lines.append(f"# TYPE decotrain_link_{name} gauge")
         lines += [
             f'decotrain_link_{name}{{{run},{_who(peer)},to="{link["peer"]}"}} {link[name]:g}'
             for peer in known["peers"]
             for link in peer["links"]
         ]
+    lines.append("# TYPE decotrain_link_info gauge")
+    lines += [
+        f'decotrain_link_info{{{run},{_who(peer)},to="{link["peer"]}",'
+        f'over="{"unix" if link["unix"] else "tcp"}",congestion="{_quoted(link["congestion"])}"}} 1'
+        for peer in known["peers"]
+        for link in peer["links"]
+    ]
     return "\n".join(lines) + "\n"
 
 

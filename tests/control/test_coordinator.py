@@ -218,6 +218,54 @@ def test_the_only_active_peer_falsely_suspected_is_asked_again() -> None:
     assert not world.peers[2].member.active
 
 
+def test_a_coordinator_cut_off_from_everybody_suspects_itself() -> None:
+    world = three()
+    assert world.record is not None
+    view, term = world.record.view, world.record.term
+    world.cut = {1, 2, 3}
+    world.run(10.0)
+    world.cut = {2, 3}  # their connections come back one after the other
+    world.run(2.5)
+    world.cut = {3}
+    world.run(2.0)
+    world.cut = set()
+    world.run(6.0)
+    assert (world.record.view, world.record.term) == (view, term)
+    assert world.agreed() == (1, 2, 3)
+    assert not world.texts("suspected")
+    assert len(world.texts("dark")) == 1
+
+
+def test_who_died_while_nobody_was_heard_is_left_out_after() -> None:
+    world = three()
+    world.cut = {1, 2, 3}
+    world.run(10.0)
+    world.peers[3].alive = False
+    world.cut = set()
+    world.run(4.0)
+    assert len(world.peers[1].member.members) == 3
+    world.run(2.5)
+    assert world.agreed() == (1, 2)
+    assert world.record.generation == 0
+
+
+def test_a_coordinator_cut_off_between_freeze_and_reports_waits_for_them() -> None:
+    world = three()
+    world.add(4)
+    assert world.coordinator is not None
+    while not world.coordinator.changes.busy():
+        world.tick()
+    world.cut = {1, 2, 3, 4}
+    world.run(20.0)
+    world.cut = {2, 3, 4}
+    world.run(2.0)
+    world.cut = set()
+    world.run(2.0)
+    assert world.agreed() == (1, 2, 3, 4)
+    assert world.record.generation == 0
+    assert not world.texts("suspected")
+
+
 def test_an_active_peer_that_never_answers_costs_a_generation() -> None:
     world = World(min_peers=1)
     world.add(1)

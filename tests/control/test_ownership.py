@@ -67,7 +67,8 @@ def test_who_cannot_be_dialled_owns_nothing() -> None:
 
 def link(peer: int, ours: bool, unix: bool = False, sent: int = 0) -> dict[str, object]:
     return {"peer": peer, "up": True, "ours": ours, "unix": unix, "sent_bytes": sent,
-            "received_bytes": 0, "rtt_s": 0.01}  # fmt: skip
+            "received_bytes": 0, "rtt_s": 0.01, "shared": unix, "pace_bps": 2e6,
+            "congestion": "bbr"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,5 +97,5 @@ def test_rates_of_links_are_differences() -> None:
     meter.read([link(1, False, sent=1000)], nothing, 10.0)
     assert not meter.due(10.5)
     seen = meter.read([link(1, False, sent=5000)], nothing, 12.0)
-    assert seen.links == [[1, 16000, 0, 0.01, False]]
+    assert seen.links == [[1, 16000, 0, 0.01, False, False, 2e6, "bbr"]]
     assert (seen.uplink_bps, seen.held_up) == (7.0, [[1, 2.0]])

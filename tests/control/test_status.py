@@ -19,7 +19,10 @@ PEER: dict[str, Any] = {
     "role": "active", "state": "here", "share": 1.5, "silent_s": 0.25, "installed": True,
     "links_down": ["00000000000000bb"], "uplink_bps": 2e7, "dialled": False, "held_up_s": 12.0,
     "links": [
-        {"peer": "00000000000000bb", "out_bps": 8, "in_bps": 9, "rtt_s": 0.02, "unix": False}
+        {"peer": "00000000000000bb", "out_bps": 8, "in_bps": 9, "rtt_s": 0.02, "unix": False,
+         "shared": False, "pace_bps": 3e7, "congestion": "bbr"},
+        {"peer": "00000000000000cc", "out_bps": 8, "in_bps": 9, "rtt_s": 1e-4, "unix": True,
+         "shared": True, "pace_bps": 0.0, "congestion": ""},
     ],
     "figures": {"last_round": "0/7", "loss": 2.5},
 }  # fmt: skip
@@ -36,6 +39,7 @@ def test_a_screen_says_who_slows_whom() -> None:
     text = "\n".join(lines_of(KNOWN, "h:1"))
     parts = ["run r at h:1", "view 5.2", "1 of 2 peers active", "0/7", "loss=2.5", "20 Mb/s"]
     parts += ["20.0 ms", "broken", "dials out only", 'waited 12.0 s for a "b" alone', "away"]
+    parts += ["20.0 ms bbr, at most 30 Mb/s", "same machine, shared memory"]
     parts += ["oslo", "decotrain 0.9, 1.0", 'a "b" waited 3.5 s for b', "00000000 h"]
     assert [part for part in parts if part not in text] == []
     assert [line.split()[6:8] for line in text.splitlines() if " 0/4 " in line] == [["0/4", "3"]]
@@ -46,6 +50,9 @@ def test_prometheus_text() -> None:
     assert 'decotrain_peers{run="r",role="active"} 1' in text
     assert 'decotrain_peer_share{run="r",peer="00000000000000aa",name="a \\"b\\""} 1.5' in text
     assert 'figure="loss"} 2.5' in text
+    assert 'to="00000000000000cc"} 1' in text[text.index("decotrain_link_shared{") :]
+    assert 'to="00000000000000bb"} 3e+07' in text
+    assert 'to="00000000000000bb",over="tcp",congestion="bbr"} 1' in text
     assert "last_round" not in text
     assert text.count("decotrain_peer_silent_s{") == 1  # who is away has none
     for line in text.splitlines():

@@ -142,6 +142,18 @@ def cut_control(world: World) -> None:
         )
 
 
+def cut_coordinator(world: World) -> None:
+    """Nobody hears the coordinator; who was there comes back one by one."""
+    for victim in world.live():
+        world.control.cut.add(victim.id)
+    whole_s = world.draw.choice((1.5, 4.0, 12.0))
+    for victim in world.live():
+        world.after(
+            whole_s + world.draw.random() * 3.0,
+            lambda victim=victim: world.control.cut.discard(victim.id),
+        )
+
+
 def partition(world: World) -> None:
     """Some peers lose the coordinator and the others."""
     live = world.live()
@@ -209,6 +221,7 @@ _FAULTS: dict[str, Callable[[World], None]] = {
         break_link,
         cut_link,
         cut_control,
+        cut_coordinator,
         partition,
         join,
         leave,

@@ -24,6 +24,7 @@ FAULTS = (
     ("break_link", 6),
     ("cut_link", 3),
     ("cut_control", 4),
+    ("cut_coordinator", 2),
     ("partition", 2),
     ("join", 5),
     ("leave", 2),
