@@ -4,7 +4,8 @@ As in bench.allreduce: a sample is the slowest process's mean over a few calls, 
 CPU is the time of all threads of a process for each GB of its buffer. `of_plain` divides by plain
 TCP in the same turn. The second part is a round over TLS while strangers dial both peers and say
 nothing, nonsense, or one byte of a handshake now and then; strangers share the processors with
-the peers, so their rate is bounded and named. What the peers hold after each turn is in the same
+the peers, so their rate is bounded and named. There a sample is made of many short spells, calm and
+attacked in turns, so that whatever else the machine does falls on both alike. What the peers hold after each turn is in the same
 table: descriptors, and memory above that of the first calm turn, of the peer that holds most.
 
 Options (`--set`): peers=2, sizes=1024,65536 (KiB), rate=200 (strangers each second), part=attack
@@ -16,6 +17,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import statistics
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -30,7 +32,8 @@ VARIANTS = ["tcp", "tls", "unix"]
 ATTACKED_BYTES = 16 * MIB
 OPEN_MAX = 500  # connections that a stranger holds
 ATTACK_ROWS = 2
-CALLS = 40  # rounds in one sample: a second or two
+SPELLS = 10  # of each kind in one sample,
+CALLS = 6  # rounds in one spell: a quarter of a second
 
 
 def run(settings: Settings) -> Report:
@@ -78,11 +81,11 @@ def _under_attack(team: Team, report: Report, settings: Settings, rate: int) -> 
     stranger = context.Process(target=_dial, args=(targets, rate, on, over), daemon=True)
     stranger.start()
     elements = (MIB if settings.quick else ATTACKED_BYTES) // 4
-    calls = 2 if settings.quick else CALLS
+    calls, spells = (2, 2) if settings.quick else (CALLS, SPELLS)
     names = {False: "calm", True: f"{rate}/s"}
     held: dict[str, list[tuple[int, float]]] = {name: [] for name in names.values()}
 
-    def sample(attacked: bool) -> float:
+    def spell(attacked: bool) -> float:
         if attacked:
             on.set()
             time.sleep(0.2)  # until there is a crowd
@@ -91,17 +94,20 @@ def _under_attack(team: Team, report: Report, settings: Settings, rate: int) -> 
         held[names[attacked]].append(_held(team))
         return wall
 
+    samples: dict[str, list[float]] = {name: [] for name in names.values()}
     try:
-        variants = {name: lambda a=attacked: sample(a) for attacked, name in names.items()}
-        samples = interleave(variants, settings.repeats)
+        for _ in range(1 + settings.repeats):  # the first is the warm-up
+            kinds = {name: lambda a=attacked: spell(a) for attacked, name in names.items()}
+            for name, walls in interleave(kinds, spells, warmup=0).items():
+                samples[name].append(statistics.fmean(walls))
     finally:
         over.set()
         on.set()
         stranger.join(10)
-    for name, taken in samples.items():
-        pairs = zip(taken, samples["calm"], strict=True)
+    for name, (_, *taken) in samples.items():
+        pairs = zip(taken, samples["calm"][1:], strict=True)
         case = {"part": "attack", "KiB": elements * 4 / KIB, "strangers": name}
-        counts, bytes_ = zip(*held[name][1:], strict=True)  # the first is the warm-up
+        counts, bytes_ = zip(*held[name][spells:], strict=True)
         report.add(
             case,
             time_ms=[t * 1e3 for t in taken],

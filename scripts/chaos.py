@@ -94,7 +94,7 @@ class Storm:
                 self.fault("coordinator")
                 coordinator_s += self.coordinator_s
             look()
-            time.sleep(0.01)
+            time.sleep(0.01)  # the clock of the faults: nothing waits for anybody by it
 
     def act(self) -> None:
         now_s = time.monotonic()
@@ -192,7 +192,7 @@ class Storm:
                 raise RuntimeError(
                     f"no progress of {waiting} in {limit_s:g} s; ended by themselves: {dead}"
                 )
-            time.sleep(0.1)
+            time.sleep(0.1)  # between looks at files; what is waited for is in them
 
     def done(self, peer: Peer) -> int:
         path = self.file(peer)

@@ -24,7 +24,9 @@ WAIT_S = 60.0
 ACT_AT = 12  # version of the state from which the one peer acts, once
 MORE = 8  # rounds of the acting peer that must count before all stop
 SPARE_BYTES = 16 << 20  # that a process short of memory may still have
-HURRY_S = 0.002  # between rounds, so that a slow machine does not make thousands
+# Between rounds, so that a fast machine does not make thousands. Pacing only: peers agree on when to
+# stop inside a round (wants_to_stop), and at HURRY_S = 0 the same assertions hold.
+HURRY_S = 0.002
 
 
 class Steady:

@@ -2,6 +2,8 @@
 // list of frames in. Meshes of one test run in one thread, in turn.
 #pragma once
 
+#include <doctest/doctest.h>
+
 #include <deque>
 #include <map>
 #include <memory>
@@ -138,6 +140,33 @@ inline std::vector<std::byte> bytes_of(std::size_t n, unsigned seed) {
     out[i] = static_cast<std::byte>(seed >> 24);
   }
   return out;
+}
+
+// Everybody sends everybody one frame of each size, and gets all of them whole.
+template <std::size_t n>
+void exchange_all(TestPeers& peers, const std::size_t (&sizes)[n], unsigned round = 0) {
+  std::size_t count = 0;
+  for (auto& from : peers) {
+    from->got.clear();
+    for (auto& to : peers) {
+      if (from == to) continue;
+      for (const std::size_t size : sizes) {
+        from->send(to->id, to->slot, bytes_of(size, unsigned(size + from->id + round)), size);
+        ++count;
+      }
+    }
+  }
+  REQUIRE(run_until(peers, [&] {
+    std::size_t got = 0;
+    for (auto& peer : peers) got += peer->got.size();
+    return got == count;
+  }));
+  for (auto& peer : peers) {
+    for (const Got& frame : peer->got) {
+      const auto seed = unsigned(frame.header.seq + frame.from + round);
+      CHECK(frame.payload == bytes_of(frame.header.seq, seed));
+    }
+  }
 }
 
 inline bool all_up(const TestPeers& peers) {

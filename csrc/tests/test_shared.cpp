@@ -191,30 +191,7 @@ TEST_CASE("large payloads stay in shared memory, and the memory comes back") {
   TestPeers peers = connected(3, options);
   for (auto& peer : peers) peer->stays = peer->id != 101;  // one of them copies
   const std::size_t sizes[] = {0, 5, 40000, kLarge, kLarge + 4, 1 << 20, 3 << 20};
-  for (unsigned round = 0; round < 4; ++round) {
-    std::size_t count = 0;
-    for (auto& from : peers) {
-      from->got.clear();
-      for (auto& to : peers) {
-        if (from == to) continue;
-        for (const std::size_t size : sizes) {
-          from->send(to->id, to->slot, bytes_of(size, unsigned(size + from->id + round)), size);
-          ++count;
-        }
-      }
-    }
-    REQUIRE(run_until(peers, [&] {
-      std::size_t got = 0;
-      for (auto& peer : peers) got += peer->got.size();
-      return got == count;
-    }));
-    for (auto& peer : peers) {
-      for (const Got& frame : peer->got) {
-        const auto seed = unsigned(frame.header.seq + frame.from + round);
-        CHECK(frame.payload == bytes_of(frame.header.seq, seed));
-      }
-    }
-  }
+  for (unsigned round = 0; round < 4; ++round) exchange_all(peers, sizes, round);
   for (auto& peer : peers) {
     CHECK(run_until(peers, [&] { return peer->mesh.lent() == 0; }));
     if (!tight) CHECK((peer->mesh.lent_so_far() > 0) == shared);

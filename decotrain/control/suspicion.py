@@ -34,10 +34,8 @@ def slept(c: Coordinator, now: float) -> None:
 
 
 def dark(c: Coordinator, now: float) -> bool:
-    """Nobody is heard. Not when all are to be left out for what somebody said of them."""
-    return now - c.heard_s > DARK_S and any(
-        c.out.get(key, ("silent",))[0] == "silent" for key in c.peers
-    )
+    """Nobody is heard: no decision can be right, and none has an effect."""
+    return bool(c.peers) and now - c.heard_s > DARK_S
 
 
 def hear(c: Coordinator, now: float) -> None:
