@@ -3,10 +3,11 @@
 As in bench.allreduce: a sample is the slowest process's mean over a few calls, variants take turns,
 CPU is the time of all threads of a process for each GB of its buffer. `of_plain` divides by plain
 TCP in the same turn. The second part is a round over TLS while strangers dial both peers and say
-nothing, nonsense, or one byte of a handshake now and then; strangers share the processors with
-the peers, so their rate is bounded and named. There a sample is made of many short spells, calm and
-attacked in turns, so that whatever else the machine does falls on both alike. What the peers hold after each turn is in the same
-table: descriptors, and memory above that of the first calm turn, of the peer that holds most.
+nothing, nonsense, or one byte of a handshake now and then; strangers share the processors with the
+peers, so their rate is bounded and named. There a sample is made of many short spells, calm and
+attacked in turns, so that whatever else the machine does falls on both alike. What the peers hold
+after each turn is in the same table: descriptors, and memory above that of the first calm turn, of
+the peer that holds most.
 
 Options (`--set`): peers=2, sizes=1024,65536 (KiB), rate=200 (strangers each second), part=attack
 (only that). It does not measure real networks: no line in bench.wan carries what one core encrypts.

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,10 @@ def _one_line(text: str) -> str:
     text = re.split(r"\n\s*(?:full_key|Config search path|To append)|\nSee https?://", text)[0]
     text = text.removeprefix("decotrain: ")
     if found := re.match(r"Could not override '(.+)'\.$", text.strip()):
-        return f"unknown key {found[1]}; --help lists the keys"
+        texts = [path.read_text(encoding="utf-8") for path in configs().glob("*.yaml")]
+        keys = re.findall(r"^(\w+):", "\n".join(texts), re.MULTILINE)
+        near = [f" (did you mean {key}?)" for key in get_close_matches(found[1], keys, 1)]
+        return f"unknown key {found[1]}{''.join(near)}; --help lists the keys"
     line = re.sub(r"\s*\n\s*", "; ", text.strip()).replace(":;", ":")
     return line if len(line) <= MESSAGE_MAX else line[:MESSAGE_MAX] + " ..."
 

@@ -201,8 +201,7 @@ def _link_lines(peers: Sequence[Mapping[str, Any]]) -> list[str]:
         for link in peer["links"]:
             lines.append(
                 f"  {peer['name']:>18} -> {names.get(link['peer'], link['peer']):<18}"
-                f" {_rate(link['out_bps']):>9}"
-                + _way(link)
+                f" {_rate(link['out_bps']):>9}" + _way(link)
             )
         for other in peer["links_down"]:
             lines.append(f"  {peer['name']:>18} -- {names.get(other, other):<18} broken")

@@ -61,7 +61,7 @@ def test_help_of_train_shows_every_key(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("peerz=3", ["unknown key peerz", "--help"]),
+        ("peerz=3", ["unknown key peerz (did you mean peers?)", "--help"]),
         ("outer.peerz=3", ["unknown key outer.peerz"]),
         ("outer=nothing", ["outer/nothing", "diloco"]),
         ("peers=0", ["peers=0", "between 1 and 64"]),

@@ -2,12 +2,13 @@
 
 Eight home lines, one of them with a quarter of the rate. The first team owns equally; it also
 measures what each peer can send, and the coordinator's closed form makes the second team's shares
-of that. Both take turns in the same lab; nothing of the lab's settings reaches the shares. A sample is
-the mean of rounds back to back, the first of which is left out: links that were idle begin slowly,
-and that costs both teams the same seconds. `cold` is that first round alone, with `--set cold=1`.
+of that. Both take turns in the same lab; nothing of the lab's settings reaches the shares. A sample
+is the mean of rounds back to back, the first of which is left out: links that were idle begin
+slowly, and that costs both teams the same seconds. `cold` is that first round alone, with `--set
+cold=1`.
 
-Options (`--set`): peers=8, mib=8, rate=100 (Mbit/s), slow=25, calls=3 (rounds of one sample), cold=0.
-Five samples take four to five minutes.
+Options (`--set`): peers=8, mib=8, rate=100 (Mbit/s), slow=25, calls=3 (rounds of one sample),
+cold=0. Five samples take four to five minutes.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def run(settings: Settings) -> Report:
         parts = shares(alike(rates), dict.fromkeys(rates, 1.0))
         log(f"  measured {[round(r / 1e6) for r in rates.values()]} Mbit/s, shares {parts}")
         teams = {"equal": equal, "measured": Team(lab, {}, parts)}
+
         def once(name: str) -> float:
             seconds = max(float(one["wall_s"]) for one in teams[name].run(**task))
             log(f"  {name} {seconds:.2f} s")

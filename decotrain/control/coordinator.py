@@ -133,8 +133,8 @@ class Coordinator:
             self.effects.append(Send(source, m.Status(status(self, now, message.events_after))))
             return
         if message.run != self.record.run:
-            reason = f"this is run {self.record.run!r}, not {message.run!r}: use the address"
-            reason += " of that run's coordinator, or give the other run name"
+            reason = f"this is run {self.record.run!r}, not {message.run!r}: give --run"
+            reason += f" {self.record.run}, or the address of that other run's coordinator"
             if isinstance(message, m.Hello):
                 self._refuse(source, message, reason, now)
             elif isinstance(message, m.AskStatus | m.AskProbe | m.Kick | m.Exited):

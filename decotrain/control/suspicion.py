@@ -1,4 +1,4 @@
-"""Suspecting peers: who is silent, whose links are closed, and when it is ourselves who cannot hear.
+"""Suspecting peers: who is silent, whose links are closed, and when it is we who cannot hear.
 
 A process that ends closes its links at once. So does a live one now and then (a router restarts, a
 proxy drops connections), but that one answers when it is asked. When nobody at all is heard, it is
