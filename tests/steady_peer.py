@@ -24,8 +24,8 @@ WAIT_S = 60.0
 ACT_AT = 12  # version of the state from which the one peer acts, once
 MORE = 8  # rounds of the acting peer that must count before all stop
 SPARE_BYTES = 16 << 20  # that a process short of memory may still have
-# Between rounds, so that a fast machine does not make thousands. Pacing only: when to stop is agreed
-# inside a round (wants_to_stop).
+# Between rounds, so that a fast machine does not make thousands. Pacing only: when to stop is
+# agreed inside a round (wants_to_stop).
 HURRY_S = 0.002
 
 
