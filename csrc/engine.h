@@ -22,8 +22,8 @@ namespace decotrain {
 struct EngineOptions {
   double grace_s = 0.0;  // waive who is not in this long after the quorum; 0: wait for all
   double quorum = 1.0;   // fraction of the view's active peers that starts the grace period
-  // Name who is later than the others by this, and by as long as those needed: with its DONE after
-  // our own, or with results when most owners have sent all of theirs; 0: never.
+  // Name who is later than the others by this, and by as long as those needed, with results when
+  // most owners have sent all of theirs; or by twice this with its DONE after our own. 0: never.
   double done_bound_s = 0.0;
   std::size_t parked_bytes = std::size_t{64} << 20;  // early frames of rounds not begun here
   // Results kept for a caller that has not begun them, of each tag: so many, and more of them while
@@ -152,7 +152,7 @@ struct ChunkPlan {
   SlotMask received = 0;      // owner: what it has
   std::uint64_t digest = 0;   // value
   ViewId born = 0;            // value
-  SlotMask holders = 0;       // value: who has it; the lowest live one sends it to the others
+  SlotMask holders = 0;       // value: who has it; the lowest active one, or the lowest, sends it
   SlotMask contributors = 0;  // value
 };
 struct RoundPlan {

@@ -9,11 +9,17 @@ namespace decotrain {
 
 using Impl = Engine::Impl;
 
+namespace {
+
+constexpr double kLooks = 4.0;  // at owners that may be late, in each bound
+
+}  // namespace
+
 void Impl::open_round(Round& round, double now) {
   round.open = true;
   round.opened_at = now;
   round.few_at = kNever;
-  round.look_at = options.done_bound_s > 0.0 ? now + options.done_bound_s : kNever;
+  round.look_at = options.done_bound_s > 0.0 ? now + options.done_bound_s / kLooks : kNever;
   if (!round.planned) round.lay_out_fresh(view, roles);
   announce(round);
   synchronise(round, now);
@@ -175,11 +181,12 @@ void Impl::name_diverged(Round& round) {
   }
 }
 
-// When who has not said DONE is late: that long after our own, and not before it has had twice our
-// time, so that on slow links nobody is late for being a little slower.
+// When who has not said DONE is late: two bounds after our own, and not before it has had twice our
+// time, so that on slow links nobody is late for being a little slower. Two, because it may itself
+// wait for an owner's results, and names that owner sooner.
 double Impl::late_at(const Round& round) const {
   if (options.done_bound_s <= 0.0) return kNever;
-  return round.done_at + std::max(options.done_bound_s, round.done_at - round.opened_at);
+  return round.done_at + std::max(2.0 * options.done_bound_s, round.done_at - round.opened_at);
 }
 
 void Impl::name_late(Round& round, SlotMask late, const char* detail) {
@@ -193,7 +200,7 @@ void Impl::name_late(Round& round, SlotMask late, const char* detail) {
 // Without its results nobody gets to say DONE. When most have sent all of theirs, the few that have
 // not are given as long again.
 void Impl::look_at_owners(Round& round, double now) {
-  round.look_at = round.complete ? kNever : now + options.done_bound_s;
+  round.look_at = round.complete ? kNever : now + options.done_bound_s / kLooks;
   SlotMask lacking = 0;
   for (const Chunk& chunk : round.chunks) {
     if (!chunk.held) lacking |= bit(chunk.fixed ? chunk.sender : chunk.owner);

@@ -314,8 +314,9 @@ bool Impl::install_chunk(Round& round, std::uint32_t c, const ChunkPlan& plan) {
     chunk.born = plan.born;
     chunk.contributors = plan.contributors;
     chunk.holders = plan.holders;
-    if (plan.holders != 0) {
-      chunk.sender = static_cast<std::uint8_t>(std::countr_zero(plan.holders));
+    if (plan.holders != 0) {  // an active holder before an observer, which may be a slow peer
+      const SlotMask able = plan.holders & roles.active;
+      chunk.sender = static_cast<std::uint8_t>(std::countr_zero(able != 0 ? able : plan.holders));
     }
     if (!chunk.held && (plan.holders & own) != 0) round.parked_lost = true;
     return chunk.held || plan.holders != 0;

@@ -344,13 +344,14 @@ class Changes:
         renew: bool = False,
     ) -> Plan:
         record = self.c.record
+        late = frozenset(self.c.demoted) | {key for key, peer in self.c.peers.items() if peer.slow}
         view = record.term << 32 | record.epoch + 1
         reports = {
             key: report
             for key, report in sorted(freeze.reports.items())
             if key in lineage or any(one.peer == key for one in candidates)
         }
-        return make_plan(view, freeze.number, candidates, reports, lineage, demoted, renew=renew)
+        return make_plan(view, freeze.number, candidates, reports, lineage, demoted, late, renew)
 
     # --- INSTALL
 
@@ -413,9 +414,8 @@ class Changes:
     ) -> None:
         c = self.c
         active = set(plan.active)
-        for demoted in c.demoted:
-            if demoted in c.peers:
-                c.peers[demoted].promote_after_s = now + c.options.promote_retry_s
+        for peer in (c.peers[key] for key in c.demoted if key in c.peers):
+            peer.slow, peer.promote_after_s = True, now + c.options.promote_retry_s
         self._settle(candidates, active, generation, now)
         for conflict in plan.conflicts:
             c.log("conflict", conflict, now)

@@ -17,6 +17,7 @@ from decotrain.control import messages as m
 from decotrain.control.change import Changes
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.measures import Measures
+from decotrain.control.plan import waits_for_observers
 from decotrain.control.record import BARRED_MAX, Record, RecordMember
 from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
 from decotrain.control.status import status
@@ -418,14 +419,13 @@ class Coordinator:
             self.log("refused", f"{self.name(accused.peer)}: {message.detail}", now)
 
     def _excused(self, by_active: bool, message: m.Suspect) -> bool:
-        """An observer may see others late through a slow link of its own, and a round that the
-        view's plan carried over waits for who alone held a value, however slow that is."""
-        if not by_active:
-            return True
+        """An observer may see others late through a slow link of its own, and a round that waits
+        for what only observers hold takes as long as they need."""
         installing = self.changes.installing
-        plan = next(iter(installing.messages.values())).install if installing else {"rounds": []}
-        key = (message.tag, message.seq)
-        return any((one["tag"], one["seq"]) == key for one in plan["rounds"])
+        if not by_active or installing is None:
+            return not by_active
+        plan = next(iter(installing.messages.values())).install
+        return waits_for_observers(plan, message.tag, message.seq)
 
     def _diverged(self, message: m.Suspect, now: float) -> None:
         """The minority goes; in a tie the digest of the lowest slot stands."""

@@ -60,6 +60,7 @@ def make_plan(
     reports: Mapping[int, Mapping[str, Any]],  # by peer
     lineage: set[int],  # peers whose report says something about rounds; others are newcomers
     demoted: frozenset[int] = frozenset(),  # observing whatever they report: slow, or void state
+    late: frozenset[int] = frozenset(),  # nobody waits for what only slow observers hold
     renew: bool = False,  # a new generation: rounds that its base does not cover are lost
 ) -> Plan:
     candidates = sorted(candidates, key=lambda candidate: candidate.slot)
@@ -86,9 +87,11 @@ def make_plan(
         if all(_covers(report, source, tag, stable[tag], values) for tag in stable):
             plan.active.append(candidate.peer)
     owners = _Owners([one for one in candidates if one.peer in plan.active], sources)
-    reported = 0
+    reported = late_slots = 0
+    active = frozenset(plan.active)
     for candidate in candidates:
         reported |= 1 << candidate.slot
+        late_slots |= (candidate.peer in late - active) << candidate.slot
     plan.install = {
         "view": {
             "id": view_id,
@@ -103,7 +106,7 @@ def make_plan(
             for tag in sorted(stable)
         ],
         "rounds": [
-            _round_plan(key, rounds[key], values[key], key[1] <= stable[key[0]], owners)
+            _round_plan(key, rounds[key], values[key], key[1] <= stable[key[0]], late_slots, owners)
             for key in sorted(rounds)
         ],
         "names": _names(sources),
@@ -130,6 +133,17 @@ def slots_in_use(reports: Mapping[int, Mapping[str, Any]]) -> int:
                 for word in words(entry[column]):
                     mask |= word
     return mask
+
+
+def waits_for_observers(install: Mapping[str, Any], tag: int, seq: int) -> bool:
+    """Does a value of this open round have to come from who is not active?"""
+    active = sum(1 << slot for _, slot, is_active, _ in install["view"]["members"] if is_active)
+    return any(
+        held and not held & active
+        for entry in install["rounds"]
+        if (entry["tag"], entry["seq"]) == (tag, seq)
+        for held in words(entry["holders"])
+    )
 
 
 def advance(report: Mapping[str, Any]) -> tuple[int, int]:
@@ -319,11 +333,19 @@ class _Owners:
         return heir.slot, 0
 
 
+def _stands(value: _Value | None, stable: bool, late: int) -> bool:
+    """Of a round that may still be open, a value that only peers outside the new view hold is gone:
+    nobody can send it. One that only late peers hold would be waited for at their pace, so it is
+    made anew: nobody alive has returned the round, because the others lack it."""
+    return value is not None and (stable or value.holders & ~late != 0)
+
+
 def _round_plan(
     key: Key,
     entry: Mapping[str, Any],
     values: list[_Value | None],
     stable: bool,
+    late: int,  # slots
     owners: _Owners,
 ) -> dict[str, Any]:
     kinds, slots = bytearray(), bytearray()
@@ -332,8 +354,7 @@ def _round_plan(
     }
     for chunk, value in enumerate(values):
         slot, received = NO_SLOT, 0
-        # A value that only peers outside the new view hold is gone: nobody can send it.
-        if value is not None and not (value.holders or stable):
+        if not _stands(value, stable, late):
             value = None
         if value is None:
             slot, received = owners.of(key, chunk)

@@ -28,6 +28,7 @@ class Peer:
     view: int = 0  # installed, as its last message said
     current: bool = False
     void: bool = False  # until it has fetched the run's state
+    slow: bool = False  # was made observing for it, and has not been active since
     promote_after_s: float = 0.0
     failed: int = 0  # attempts to make it active since it last was
     down: tuple[int, ...] = ()
@@ -44,7 +45,7 @@ class Peer:
     def tried(self, active: bool, again_s: float) -> None:
         """A new view was made: did what it asked for come true?"""
         if active:
-            self.failed = 0
+            self.failed, self.slow = 0, False
         elif self.current:
             self.failed += 1
             self.promote_after_s = again_s

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from decotrain.control import messages as m
 from decotrain.control.effects import Received, identity
+from decotrain.control.maps import pack_words
 from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
 from decotrain.control.roster import settle_s
 from tests.control.fakes import World, empty_report
@@ -290,6 +292,46 @@ def test_a_slow_peer_is_demoted_and_comes_back() -> None:
     world.step(world.peers[3], Current(True))
     world.run(3.0)
     assert world.peers[3].member.active
+
+
+def test_what_only_a_slow_peer_holds_is_made_anew_until_it_is_active_again() -> None:
+    """Also in later views: the report that names it may be older than the view that dropped it."""
+    world = three()
+
+    def report(born: int, covered: int) -> dict[str, Any]:
+        columns = {"born": born, "digest": 7, "contributors": 4, "received": 0}
+        entry = {"tag": 0, "seq": 1, "spec": b"s", "begun": True, "skipped": 0, "owner": b"\2"}
+        entry |= {name: pack_words([value if born else 0]) for name, value in columns.items()}
+        tags = [{"tag": 0, "state": True, "covered": covered, "stable": []}]
+        return {"declared": True, "tags": tags, "rounds": [entry], "names": []}
+
+    for key, peer in world.peers.items():
+        peer.report = report(peer.member.view if key == 3 else 0, 0)
+
+    def kind() -> int:
+        return int(world.peers[1].installs[-1]["rounds"][0]["kind"][0])
+
+    world.add(4)  # another reason for a view: nobody is late yet
+    world.run(2.0)
+    assert kind() == 1
+    world.step(world.peers[1], Doubt("late_done", 3, 0, 0, (), ""))
+    world.run(0.6)
+    assert kind() == 0
+    held = world.peers[3].report
+    assert held is not None
+    world.peers[3].report = {**held, "tags": report(0, -1)["tags"]}  # it lacks a round
+    for key in (5, 6):
+        world.add(key)
+        world.run(2.0)
+        assert not world.peers[3].member.active
+        assert kind() == 0
+    world.peers[3].report = held
+    world.step(world.peers[3], Current(True))
+    world.run(3.0)
+    assert world.peers[3].member.active
+    world.add(7)
+    world.run(2.0)
+    assert kind() == 1
 
 
 def test_the_last_active_peer_is_never_demoted() -> None:

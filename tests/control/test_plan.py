@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from decotrain.control.maps import NO_SLOT, check_install, check_report, pack_words, words
-from decotrain.control.plan import Candidate, make_plan
+from decotrain.control.plan import Candidate, make_plan, waits_for_observers
 
 CHUNKS = 3
 VIEW = (1 << 32) | 9
@@ -62,10 +62,13 @@ def values_of(reports: dict[int, Any], chunk: int) -> dict[int, tuple[int, int]]
 
 def test_the_plan_is_what_the_dumb_twin_says() -> None:
     draw = random.Random(3)
-    seen = {"value": 0, "owner": 0, "stable": 0, "moved": 0}
+    seen = {"value": 0, "owner": 0, "stable": 0, "moved": 0, "late": 0}
     for _ in range(3000):
         candidates, reports, lineage = draw_world(draw)
-        plan = make_plan(VIEW, (1, 2), candidates, reports, lineage)
+        late = frozenset(one.peer for one in candidates if draw.random() < 0.3)
+        demoted = frozenset(peer for peer in late if draw.random() < 0.8)
+        plan = make_plan(VIEW, (1, 2), candidates, reports, lineage, demoted, late)
+        assert not demoted & set(plan.active)
         install = check_install(plan.install)
         slots = {one.peer: one.slot for one in candidates}
         stable = max(report["tags"][0]["covered"] for report in reports.values())
@@ -74,12 +77,13 @@ def test_the_plan_is_what_the_dumb_twin_says() -> None:
             covered = reports[peer]["tags"][0]["covered"]
             assert covered >= stable - 1, "who lacks two rounds cannot be active"
         for peer in slots:
-            if reports[peer]["tags"][0]["covered"] == stable:
+            if reports[peer]["tags"][0]["covered"] == stable and peer not in demoted:
                 assert peer in plan.active
+        fast = slots.keys() - (late - set(plan.active))
         for entry in install["rounds"]:
             assert entry["stable"] == (stable >= 4)
             for chunk in range(CHUNKS):
-                compare(entry, chunk, reports, slots, plan.active, seen)
+                compare(entry, chunk, reports, slots, plan.active, fast, seen)
     assert all(count > 100 for count in seen.values()), seen
 
 
@@ -89,6 +93,7 @@ def compare(
     reports: dict[int, Any],
     slots: dict[int, int],
     active: list[int],
+    fast: set[int],
     seen: dict[str, int],
 ) -> None:
     held = values_of(reports, chunk)
@@ -96,7 +101,10 @@ def compare(
     # The same bytes are the same value, whenever they were made.
     same = [peer for peer, value in held.items() if best is not None and value[1] == best[1]]
     holders = [slots[peer] for peer in same if peer in slots]
-    if best is not None and (holders or entry["stable"]):
+    # What is held by slow observers alone is not waited for.
+    alone = bool(holders) and not entry["stable"] and not fast & set(same)
+    seen["late"] += alone
+    if best is not None and (holders or entry["stable"]) and not alone:
         seen["stable" if entry["stable"] else "value"] += 1
         assert entry["kind"][chunk] == 1
         assert (words(entry["born"])[chunk], words(entry["digest"])[chunk]) == best
@@ -116,3 +124,14 @@ def compare(
         assert received == words(own["received"])[chunk]
     else:
         seen["moved"] += 1
+
+
+def test_a_round_waits_for_observers_when_no_active_peer_has_a_value_of_it() -> None:
+    members = [[101, 0, True, 1.0], [102, 1, False, 1.0], [103, 2, True, 1.0]]
+    holders = {4: (0b011, 0), 5: (0b001, 0b010), 6: (0, 0)}  # by round: of its two chunks
+    rounds = [
+        {"tag": 0, "seq": seq, "holders": pack_words(masks)} for seq, masks in holders.items()
+    ]
+    install = {"view": {"members": members}, "rounds": rounds}
+    assert [waits_for_observers(install, 0, seq) for seq in (4, 5, 6, 7)] == [0, 1, 0, 0]
+    assert not waits_for_observers(install, 1, 5)

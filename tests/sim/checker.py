@@ -2,7 +2,8 @@
 
 It knows no protocol and trusts nobody's word but what peers did. Events (key `ev`) and their keys:
 
-    persist   generation view members      the record is durable
+    persist   generation view members [slow]      the record is durable; slow: observing peers that
+              were active and slow, and have not been active since
     install   peer generation view members held    members: [[peer, slot, active], ...];
               held: {tag: last round whose effect or result the peer has} for tags with state
     begin     peer generation tag seq give            give: what it contributes, None for a skip
@@ -10,7 +11,8 @@ It knows no protocol and trusts nobody's word but what peers did. Events (key `e
               chunks: [[contributors (peers), value], ...]; wait() returned
               it as stable
     state     peer view generation tag version digest     after a result was applied or fetched
-    value     peer view generation tag seq chunk digest   took a chunk's result from another peer
+    value     peer view generation tag seq chunk digest   took a chunk's result from another peer,
+              or holds one when it is frozen
     stale     peer text                    took a frame of a view that is over
     complain  peer text                    the engine named another peer, or itself, without cause
 
@@ -59,6 +61,8 @@ class Checker:
     # (generation, tag) -> peer -> view -> last round it returned in that view
     values: dict[tuple[int, int, int, int], dict[str, dict[int, int]]] = field(default_factory=dict)
     last_returned: dict[tuple[int, int], dict[int, dict[int, int]]] = field(default_factory=dict)
+    # the same key, digest and peer -> view with which the value was given up
+    given_up: dict[tuple[Any, ...], int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
@@ -82,8 +86,9 @@ class Checker:
     def _persist(self, event: Event) -> None:
         if self.durable and event["view"] < max(self.durable):
             self._fail("epochs", f"view {name(event['view'])} after {name(max(self.durable))}")
-        self._view(event)
+        roles = self._view(event)
         self.durable.add(event["view"])
+        self._give_up(event, roles, set(event.get("slow", ())))
 
     def _install(self, event: Event) -> None:
         peer, view = event["peer"], event["view"]
@@ -179,17 +184,33 @@ class Checker:
     def _value(self, event: Event) -> None:
         """R1: one value for a chunk among the live peers of a view and its successors."""
         key = (event["generation"], event["tag"], event["seq"], event["chunk"])
+        if event["view"] < self.given_up.get((*key, event["digest"], event["peer"]), 0):
+            return  # it has not heard of it yet
         digests = self.values.setdefault(key, {})
         digests.setdefault(event["digest"], {})[event["peer"]] = event["view"]
         roles = self.members[event["view"]]
         for digest, holders in digests.items():
             for holder, view in holders.items():
-                if digest != event["digest"] and holder in roles and view < event["view"]:
+                if digest != event["digest"] and holder in roles and view <= event["view"]:
                     self._fail(
                         "one-value",
                         f"chunk {key[3]} of round {key[1]}/{key[2]} is made again in "
                         f"{name(event['view'])} although {holder:x} has it since {name(view)}",
                     )
+
+    def _give_up(self, event: Event, roles: dict[int, bool], slow: set[int]) -> None:
+        """A value that no member holds but slow observers, of a round that no member has returned,
+        may be made again: they must drop it with this view."""
+        for key, digests in self.values.items() if slow else ():
+            said = self.returned.get(key[:3], [])
+            if key[0] != event["generation"] or any(one.peer in roles for one in said):
+                continue
+            for digest, holders in digests.items():
+                here = roles.keys() & holders.keys()
+                if here <= slow:
+                    for one in here:
+                        del holders[one]
+                        self.given_up[(*key, digest, one)] = event["view"]
 
     def _stale(self, event: Event) -> None:
         self._fail("stale", f"{event['peer']:x} {event['text']}")

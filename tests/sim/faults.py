@@ -194,6 +194,20 @@ def slow(world: World) -> None:
         victim.slow = world.draw.choice((5.0, 30.0))
 
 
+def slow_up(world: World) -> None:
+    """What it sends takes long, what it is sent does not: it has values that the others lack."""
+    victim = _victim(world)
+    if victim is None:
+        return
+    bound = (world.options.done_bound_s or 1.0) / world.options.latency_s
+    victim.slow_up = max(1.0, bound * world.draw.choice((0.7, 2.5, 5.0)))
+
+    def faster() -> None:
+        victim.slow_up = 1.0
+
+    world.after(world.draw.choice((1.0, 3.0, 9.0)), faster)
+
+
 def kick(world: World) -> None:
     victim = _victim(world)
     if victim is not None:
@@ -226,6 +240,7 @@ _FAULTS: dict[str, Callable[[World], None]] = {
         join,
         leave,
         slow,
+        slow_up,
         kick,
         replay,
     )

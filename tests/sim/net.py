@@ -128,10 +128,8 @@ class Links:
     ) -> None:
         world = self.world
         delay_s = world.options.latency_s * (0.5 + world.draw.random()) * len(path)
-        slow = max(
-            world.peers[key[0]].slow, world.peers[key[1]].slow if key[1] in world.peers else 1
-        )
-        delay_s *= slow
+        source, to = world.peers[key[0]], world.peers.get(key[1])
+        delay_s *= max(source.slow, source.slow_up, to.slow if to is not None else 1.0)
         stream.arrive_s = max(stream.arrive_s + 1e-6, world.now + delay_s)
         stream.flying += 1
 

@@ -107,6 +107,10 @@ def draw_options(draw: random.Random) -> Options:
             break
         share = [weights[kinds.index(kind)] for kind in enabled]
         options.faults.append((at_s, draw.choices(enabled, share)[0]))
+    if options.done_bound_s and draw.random() < 0.7:  # somebody must be late for it
+        options.grace_s, options.quorum = options.grace_s or 0.1, 0.5
+        for _ in range(draw.randint(1, 3)):
+            options.faults.append((0.3 + draw.random() * (options.fault_s - 0.3), "slow_up"))
     return options
 
 

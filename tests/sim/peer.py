@@ -42,7 +42,7 @@ class SimPeer:
         self.process = process  # who is started again, with another id
         self.number = number  # of the incarnation in this history: its bit in sums
         self.alive, self.stopped = True, False
-        self.slow = 1.0
+        self.slow = self.slow_up = 1.0  # times the usual latency; up: of what it sends
         self.later: list[Callable[[], None]] = []  # what waits for SIGCONT
         options = world.options
         self.engine = world.plants.engine(
@@ -122,6 +122,7 @@ class SimPeer:
         elif isinstance(effect, mb.EngineFreeze):
             report = self.engine.freeze(*effect.freeze)
             world.note("freeze", self.id, effect.freeze)
+            self.tell_values(report)
             self.step(mb.Reported(effect.freeze, report))
         elif isinstance(effect, mb.EngineInstall):
             self.install(effect)
@@ -248,6 +249,28 @@ class SimPeer:
                 self.world.check(ev="value", **event)
             else:
                 self.arrived.append(value)
+
+    def tell_values(self, report: dict[str, Any]) -> None:
+        """Tells the checker of all values held at a FREEZE, also those combined here."""
+        if not report["installed"]:
+            return
+        for entry in report["rounds"]:
+            for chunk in range(len(entry["owner"])):
+                at = 8 * chunk
+                born, digest, contributors = (
+                    entry[column][at : at + 8] for column in ("born", "digest", "contributors")
+                )
+                if any(born):
+                    self.world.check(
+                        ev="value",
+                        peer=self.id,
+                        generation=self.member.generation,
+                        view=report["installed"],
+                        tag=entry["tag"],
+                        seq=entry["seq"],
+                        chunk=chunk,
+                        digest=(contributors + digest).hex(),
+                    )
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]

@@ -120,6 +120,13 @@ def _values_dropped(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda key, entry, sources, plan: [None for _ in entry["owner"]]
 
 
+def _fast_given_up(right: Callable[..., Any]) -> Callable[..., Any]:
+    def stands(value: Any, stable: bool, late: int) -> bool:
+        return bool(right(value, stable, late) and (stable or not value.holders & late))
+
+    return stands
+
+
 _PLAN = ("decotrain.control.plan", "")
 _CHANGES = ("decotrain.control.change", "Changes")
 _VERSIONS = ("decotrain.versions", "Versions")
@@ -130,6 +137,7 @@ CONTROL: dict[str, tuple[Any, str, Any]] = {
     "term_not_raised": (None, "", None),
     "newcomer_active_one_round_early": (_PLAN, "_covers", _newcomer_early),
     "survivors_value_not_in_the_plan": (_PLAN, "_values", _values_dropped),
+    "value_given_up_that_a_fast_peer_holds": (_PLAN, "_stands", _fast_given_up),
     "stable_round_forgotten": (_PLAN, "_stable_rounds", _stable_forgotten),
     "void_state_kept": (_VERSIONS, "make_void", _void_state_kept),
     "suspects_not_asked_again": (_CHANGES, "_widen", _no_widening),

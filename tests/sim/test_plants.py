@@ -66,3 +66,29 @@ def test_the_checker_alone() -> None:
         checker.take({"ev": "install", "peer": 3, "held": {}, **view(2, 3)})
     with pytest.raises(Violation, match="went back"):
         checker.take({"ev": "install", "peer": 2, "held": {}, **view(1, 1, 2, 3)})
+
+
+@pytest.mark.parametrize("fast_too", [False, True])
+def test_what_a_slow_peer_alone_held_may_be_made_again(fast_too: bool) -> None:
+    """By nobody who holds it then, and the slow peer must drop it when it hears of the view."""
+    checker = Checker()
+
+    def take(peer: int, number: int, digest: str) -> None:
+        where = {"view": number, "generation": 0, "tag": 0, "seq": 4, "chunk": 2}
+        checker.take({"ev": "value", "peer": peer, "digest": digest, **where})
+
+    checker.take({"ev": "persist", **view(1, 1, 2, 3)})
+    take(3, 1, "old")
+    if fast_too:
+        take(2, 1, "old")
+    later = view(2, 1, 2, 3)
+    later["members"] = [[1, 0, True], [2, 1, True], [3, 2, False]]
+    checker.take({"ev": "persist", "slow": [3], **later})
+    if fast_too:
+        with pytest.raises(Violation, match="one-value"):
+            take(1, 2, "new")
+        return
+    take(1, 2, "new")
+    take(3, 1, "old")  # it has not installed view 2
+    with pytest.raises(Violation, match="one-value"):
+        take(3, 2, "old")

@@ -47,6 +47,7 @@ class World:
         self.coordinator: co.Coordinator | None = None
         self.coordinator_stopped = False
         self.crash_armed = False  # the coordinator dies while it makes the next view
+        self.slow: set[int] = set()  # peers made observing for it, and not active since
 
     def _expect(self, tag: int, given: list[Any], chunk: int) -> Any:
         return self.options.shapes[tag].expect(given, chunk)
@@ -124,6 +125,7 @@ class World:
         self.note("coordinator killed")
         self.coordinator = None
         self.crash_armed = False
+        self.slow.clear()
         self.disk = self.plants.crash(self.disk)
 
     def to_coordinator(self, source: bytes, data: bytes) -> None:
@@ -152,6 +154,8 @@ class World:
                 self.deliver(effect)
             elif isinstance(effect, Log):
                 self.note("log", effect.kind, effect.text)
+                if effect.kind == "demoted":
+                    self.slow.add(int(effect.text.split("(")[1].split(")")[0], 16))
             elif isinstance(effect, Stop):
                 self.note("coordinator stops:", effect.reason)
                 self.kill_coordinator()
@@ -162,8 +166,13 @@ class World:
         self.disk = self.plants.write(self.disk, pack(record))
         if record.view >> 32 == record.term:  # else it is the view of an earlier life
             members = [[one.peer, one.slot, one.active] for one in record.members]
+            self.slow &= {one.peer for one in record.members if not one.active}
             self.check(
-                ev="persist", view=record.view, generation=record.generation, members=members
+                ev="persist",
+                view=record.view,
+                generation=record.generation,
+                members=members,
+                slow=sorted(self.slow),
             )
 
     def deliver(self, effect: Send) -> None:
@@ -264,7 +273,7 @@ class World:
             self.links.cut.discard(edge)
             self.heal_link(edge)
         for peer in self.live():
-            peer.slow = 1.0
+            peer.slow = peer.slow_up = 1.0
             if peer.stopped:
                 peer.resume()
         # Rounds without a pause, or faster than the links carry them, need more of a newcomer than
