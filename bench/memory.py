@@ -7,17 +7,27 @@ The encoded size is the mean of a contribution's and a result's; a round is to n
 what is in flight (DESIGN, R5). Gloo, in the same processes, is given the same tensor.
 
 Variants: a borrowed f32 tensor; a snapshot of it; codecs; a peer that begins late, so that the
-others' contributions wait for its own; a peer killed at half of the round. Kernel buffers of
-sockets count for nobody.
+others' contributions wait for its own; a peer killed at half of the round; payloads through shared
+memory, which the others do without, as peers on machines of their own do: there, what is lent to the
+others is beside the core's buffers, and pages of the others count in resident memory, once in
+each peer that reads them. Kernel buffers of sockets count for nobody.
 
-Options (`--set`): peers=2,4,8, mib=1,16,64,256, rounds=3, gloo=0 (without torch).
+The cases come in the order of what they tell, so that a bound on the time (`seconds`) leaves out the
+least: 256 MiB at every number of peers, then all variants at 64 MiB, Gloo, and small sizes. What it
+leaves out is named in the report.
+
+Options (`--set`): peers=8,4,2, mib=256,64,16,1, rounds=3 (from 256 MiB up one), gloo=0 (without
+torch), seconds=330.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +41,10 @@ LEAD_S = 0.02
 LATE = 2.0  # median rounds after which the late peer begins
 TINY = 16
 TINY_TAG = 1  # of the round that makes links and loads what is loaded at the first one
-FAULTS_FROM_MIB = 16  # below, a round is over before a fault can hit it
+VARIANTS_MIB = 64  # all variants are measured from here to below LARGE_MIB
+LARGE_MIB = 256
+SECONDS = 330.0
+SHARED = "DECOTRAIN_SHARED_MEMORY"
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Variant:
     result_codec: str = "f32"
     borrow: bool = False
     fault: str = ""  # "late" or "killed"
+    shared: bool = False  # payloads pass through memory that peers of one host share
 
 
 VARIANTS = (
@@ -50,6 +64,7 @@ VARIANTS = (
     Variant("e2m1+int8", "e2m1", "int8"),
     Variant("f32, one late", fault="late"),
     Variant("f32, one killed", fault="killed"),
+    Variant("f32 borrowed, shared", borrow=True, shared=True),
 )
 
 
@@ -162,9 +177,22 @@ def killed(team: list[Peer], variant: Variant, median_s: float) -> list[Peer]:
     return team[:-1]
 
 
+@contextmanager
+def memory_shared(shared: bool) -> Iterator[None]:
+    """Processes that are started meanwhile share memory with others of this host, or do not."""
+    before = os.environ.get(SHARED)
+    os.environ[SHARED] = "1" if shared else "0"
+    try:
+        yield
+    finally:
+        del os.environ[SHARED]
+        os.environ.update({} if before is None else {SHARED: before})
+
+
 def case(peers: int, elements: int, variant: Variant | None, rounds: int) -> list[dict[str, int]]:
     """What each peer needed at most."""
-    with Fleet(peers) as fleet, tempfile.TemporaryDirectory() as folder:
+    shared = variant is not None and variant.shared
+    with memory_shared(shared), Fleet(peers) as fleet, tempfile.TemporaryDirectory() as folder:
         fleet.fill()
         team = fleet.team
         if variant is None:
@@ -209,21 +237,38 @@ def measure(report: Report, peers: int, mib: int, variant: Variant | None, round
     log(f"  n={peers} {mib} MiB {name}: { ({k: round(v, 2) for k, v in metrics.items()}) }")
 
 
+def cases(peers: list[int], sizes: list[int], gloo: bool) -> list[tuple[int, int, Variant | None]]:
+    """(peers, MiB, what; None: Gloo), the most telling first."""
+    plain = [one for one in VARIANTS if one.codec == "f32" and not (one.fault or one.shared)]
+    large = [mib for mib in sizes if mib >= LARGE_MIB]
+    middle = [mib for mib in sizes if VARIANTS_MIB <= mib < LARGE_MIB]
+    small = [mib for mib in sizes if mib < VARIANTS_MIB]
+    found: list[tuple[int, int, Variant | None]] = []
+    found += [(n, mib, one) for mib in large for n in peers for one in plain]
+    found += [(n, mib, one) for mib in middle for one in VARIANTS for n in peers]
+    if gloo:
+        found += [(n, mib, None) for mib in middle for n in peers]
+    found += [(n, mib, one) for mib in small for one in plain for n in peers]
+    return found
+
+
 def run(settings: Settings) -> Report:
     """The suite."""
     report = Report("memory", "Memory of a round beside its tensor", settings)
-    quick = settings.quick
-    peers = [int(n) for n in settings.option("peers", "3" if quick else "2,4,8").split(",")]
-    sizes = [int(n) for n in settings.option("mib", "4" if quick else "1,16,64,256").split(",")]
+    quick, began_s = settings.quick, time.monotonic()
+    peers = [int(n) for n in settings.option("peers", "3" if quick else "8,4,2").split(",")]
+    sizes = [int(n) for n in settings.option("mib", "4" if quick else "256,64,16,1").split(",")]
     rounds = int(settings.option("rounds", "3"))
-    gloo = settings.option("gloo", "0" if quick else "1") == "1"
-    for n in peers:
-        for mib in sizes:
-            for variant in VARIANTS:
-                if not variant.fault or mib >= FAULTS_FROM_MIB or quick:
-                    measure(report, n, mib, variant, rounds)
-            if gloo:
-                measure(report, n, mib, None, rounds)
+    bound_s = float(settings.option("seconds", str(SECONDS)))
+    wanted = cases(peers, sizes, settings.option("gloo", "0" if quick else "1") == "1")
+    if quick:  # every variant, at whatever size
+        wanted = [(n, mib, one) for n in peers for mib in sizes for one in VARIANTS]
+    for n, mib, variant in wanted:
+        if time.monotonic() - began_s > bound_s:
+            name = "gloo" if variant is None else variant.name
+            report.skip({"peers": n, "MiB": mib, "variant": name}, f"no time left of {bound_s:g} s")
+        else:
+            measure(report, n, mib, variant, 1 if mib >= LARGE_MIB else rounds)
     report.table(
         "buffers", "buffers_times_encoded", columns="variant",
         title="Most bytes in the core's buffers at once, times the encoded size",

@@ -36,7 +36,6 @@ class Steady:
         self.buffer = np.zeros(elements, np.float32)
         self.rounds: list[dict[str, Any]] = []
         self.said: list[str] = []  # errors
-        self.stop = False
         self.first_id = self.comm.peer
         self.acted = False
         self.calm = 0  # rounds of ours that counted since the act
@@ -44,7 +43,11 @@ class Steady:
 
     def effect(self, result: Any) -> None:
         self.w += result.tensor.reshape(-1)
-        self.stop = self.stop or float(result.tensor.reshape(-1)[0]) > 0
+
+    @property
+    def stop(self) -> bool:
+        """It is in the state, so that who fetches the last round's effect stops too."""
+        return bool(self.w[0] > 0)
 
     def apply(self, result: Any) -> None:
         with self.comm.updating(TAG, result.seq + 1):

@@ -147,6 +147,21 @@ def test_what_nobody_contributes_to_is_zero_for_everybody(coordinator: ServerThr
     assert together(lambda: peer(1.0), lambda: peer(2.0)) == [([0.0] * 3, ())] * 2
 
 
+def test_a_broadcast_brings_the_bits_of_the_root_in_every_tensor(coordinator: ServerThread) -> None:
+    def peer(value: float) -> tuple[list[list[float]], int]:
+        with join(coordinator.address) as comm:
+            root = max(one.peer for one in comm.members)
+            tensors = [np.full(3, value, np.float32), np.full((2, 1), value / 3, np.float32)]
+            comm.broadcast(tensors, root=root).wait(WAIT_S)
+            assert (tensors[0][0] == value) or comm.peer != root
+            return [tensor.reshape(-1).tolist() for tensor in tensors], root
+
+    one, other = together(lambda: peer(1.0), lambda: peer(5.0))
+    assert one == other
+    assert one[0][0] in ([1.0] * 3, [5.0] * 3)
+    assert one[0][1] == [float(np.float32(one[0][0][0] / 3))] * 2
+
+
 def test_weights_and_torch_tensors(coordinator: ServerThread) -> None:
     torch = pytest.importorskip("torch")
 

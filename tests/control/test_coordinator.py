@@ -374,6 +374,10 @@ def test_a_broken_link_is_relayed_and_nobody_is_left_out() -> None:
     assert world.peers[1].routes == {2: 3}
     assert world.peers[2].routes == {1: 3}
     assert world.peers[3].routes == {}
+    world.ask(m.AskStatus("", 0))
+    world.run(0.2)
+    named = [peer["links_down"] for peer in world.answers[0].status["peers"]]
+    assert named == [[f"{2:016x}"], [f"{1:016x}"], []]
     for one, other in ((1, 2), (2, 1)):
         world.step(world.peers[one], Link(other, up=True))
     world.run(1.5)
