@@ -7,14 +7,14 @@ The encoded size is the mean of a contribution's and a result's; a round is to n
 what is in flight (DESIGN, R5). Gloo, in the same processes, is given the same tensor.
 
 Variants: a borrowed f32 tensor; a snapshot of it; codecs; a peer that begins late, so that the
-others' contributions wait for its own; a peer killed at half of the round; payloads through shared
-memory, which the others do without, as peers on machines of their own do: there, what is lent to the
-others is beside the core's buffers, and pages of the others count in resident memory, once in
-each peer that reads them. Kernel buffers of sockets count for nobody.
+others' contributions wait for its own; a peer killed at half of the round; shared memory, which the
+others do without, as peers on machines of their own do: what is lent to the others is beside the
+core's buffers there, and its pages count in the resident memory of each peer that reads them.
+Kernel buffers of sockets count for nobody.
 
-The cases come in the order of what they tell, so that a bound on the time (`seconds`) leaves out the
-least: 256 MiB at every number of peers, then all variants at 64 MiB, Gloo, and small sizes. What it
-leaves out is named in the report.
+The cases come in the order of what they tell, so that a bound on the time (`seconds`) leaves out
+the least: 256 MiB at every number of peers, then all variants at 64 MiB, Gloo, and small sizes.
+What it leaves out is named in the report.
 
 Options (`--set`): peers=8,4,2, mib=256,64,16,1, rounds=3 (from 256 MiB up one), gloo=0 (without
 torch), seconds=330.

@@ -254,23 +254,14 @@ class SimPeer:
         """Tells the checker of all values held at a FREEZE, also those combined here."""
         if not report["installed"]:
             return
+        common = {"ev": "value", "peer": self.id, "generation": self.member.generation}
         for entry in report["rounds"]:
-            for chunk in range(len(entry["owner"])):
-                at = 8 * chunk
-                born, digest, contributors = (
-                    entry[column][at : at + 8] for column in ("born", "digest", "contributors")
-                )
-                if any(born):
-                    self.world.check(
-                        ev="value",
-                        peer=self.id,
-                        generation=self.member.generation,
-                        view=report["installed"],
-                        tag=entry["tag"],
-                        seq=entry["seq"],
-                        chunk=chunk,
-                        digest=(contributors + digest).hex(),
-                    )
+            for at in range(0, 8 * len(entry["owner"]), 8):
+                if any(entry["born"][at : at + 8]):
+                    value = entry["contributors"][at : at + 8] + entry["digest"][at : at + 8]
+                    where = {"tag": entry["tag"], "seq": entry["seq"], "chunk": at // 8}
+                    view = report["installed"]
+                    self.world.check(**common, **where, view=view, digest=value.hex())
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
