@@ -116,6 +116,30 @@ std::uint64_t Impl::begin(BeginArgs args, double now) {
   return seq;
 }
 
+void Impl::chunks_ready(std::uint32_t tag, std::uint64_t seq, std::uint32_t chunks, double now) {
+  Round* const round = find_round(tag, seq);
+  if (round == nullptr || round->settled || chunks <= round->snapshot.ready) return;
+  const std::uint32_t before = std::exchange(round->snapshot.ready, chunks);
+  if (frozen || !round->open) return;
+  contribute_to_own(*round);
+  const auto end = std::min(chunks, static_cast<std::uint32_t>(round->chunks.size()));
+  for (std::uint32_t c = before; c < end; ++c) {
+    offer_contribution(*round, c);
+    try_combine(*round, c, now);
+  }
+  check_complete(*round, now);
+}
+
+void Impl::abandon(std::uint32_t tag, std::uint64_t seq, double now) {
+  Round* const round = find_round(tag, seq);
+  if (round == nullptr || round->settled || !round->contributes) return;
+  round->contributes = false;
+  round->skips = true;
+  if (frozen || !round->open) return;
+  say_skip(*round);
+  try_combine_all(*round, now);
+}
+
 void Impl::end(Round& round, Outcome outcome) {
   if (round.settled) return;
   round.settled = true;
@@ -216,6 +240,16 @@ Engine::~Engine() = default;
 
 std::uint64_t Engine::begin(BeginArgs args, double now) {
   return impl_->begin(std::move(args), now);
+}
+
+void Engine::chunks_ready(std::uint32_t tag, std::uint64_t seq, std::uint32_t chunks, double now) {
+  impl_->chunks_ready(tag, seq, chunks, now);
+  impl_->settle_all();
+}
+
+void Engine::abandon(std::uint32_t tag, std::uint64_t seq, double now) {
+  impl_->abandon(tag, seq, now);
+  impl_->settle_all();
 }
 
 bool Engine::may_begin(std::uint32_t tag) const { return impl_->may_begin(tag); }

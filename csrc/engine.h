@@ -57,6 +57,8 @@ struct Snapshot {
   const std::byte* bytes = nullptr;  // encoded contribution, chunk after chunk
   std::shared_ptr<const void> keep;
   bool finite = true;  // false: not looked at yet (a large borrowed buffer), see Round::withdrawn
+  // So many chunks, from the first on, are there; the others follow (Engine::chunks_ready).
+  std::uint32_t ready = kAllChunks;
 };
 
 struct BeginArgs {
@@ -208,6 +210,10 @@ class Engine {
   bool may_begin(std::uint32_t tag) const;
   // The number `begin` would give: who holds the state after round next - 1 may begin.
   std::uint64_t next(std::uint32_t tag) const;
+  // Of a round begun with a snapshot that was not whole: so many of its chunks are there now.
+  void chunks_ready(std::uint32_t tag, std::uint64_t seq, std::uint32_t chunks, double now);
+  // The others will never be there: SKIP. What has been counted stays.
+  void abandon(std::uint32_t tag, std::uint64_t seq, double now);
   bool ready(std::uint32_t tag, std::uint64_t seq) const;
   RoundResult take_result(std::uint32_t tag, std::uint64_t seq);
   // Results of rounds that were completed for us before our next begin (observing, skipped),

@@ -67,6 +67,8 @@ struct Engine::Impl {
 
   // engine.cpp
   std::uint64_t begin(BeginArgs args, double now);
+  void chunks_ready(std::uint32_t tag, std::uint64_t seq, std::uint32_t chunks, double now);
+  void abandon(std::uint32_t tag, std::uint64_t seq, double now);
   void tick(double now);
   double next_deadline() const;
   void settle_all();
@@ -107,6 +109,7 @@ struct Engine::Impl {
   void open_round(Round& round, double now);
   void announce(Round& round);
   void synchronise(Round& round, double now);
+  void say_skip(Round& round);
   void contribute_to_own(Round& round);
   void try_combine(Round& round, std::uint32_t chunk, double now);
   void try_combine_all(Round& round, double now);

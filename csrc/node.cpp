@@ -250,6 +250,30 @@ std::shared_ptr<Work> Node::begin(BeginArgs args) {
   return work;
 }
 
+void Node::chunks_ready(const std::shared_ptr<Work>& work, std::uint32_t chunks) {
+  post([this, work, chunks](double now) {
+    const std::uint32_t tag = work->tag();
+    for (auto [one, end] = waiting_.equal_range(tag); one != end; ++one) {
+      if (one->second.work == work) one->second.args.snapshot.ready = chunks;
+    }
+    for (auto [one, end] = open_.equal_range(tag); one != end; ++one) {
+      if (one->second.work == work) engine_.chunks_ready(tag, one->second.seq, chunks, now);
+    }
+  });
+}
+
+void Node::abandon(const std::shared_ptr<Work>& work) {
+  post([this, work](double now) {
+    const std::uint32_t tag = work->tag();
+    for (auto [one, end] = waiting_.equal_range(tag); one != end; ++one) {
+      if (one->second.work == work) one->second.args.weight = 0.0;
+    }
+    for (auto [one, end] = open_.equal_range(tag); one != end; ++one) {
+      if (one->second.work == work) engine_.abandon(tag, one->second.seq, now);
+    }
+  });
+}
+
 // A round waits while there is no view, or while the tag's last one is open. When results were
 // missed the caller must take them first: it is told so, because it cannot know.
 void Node::start_waiting(double now) {

@@ -114,6 +114,10 @@ class Node {
 
   // --- rounds
   std::shared_ptr<Work> begin(BeginArgs args);
+  // Of a round begun with a snapshot that was not whole: so many of its chunks are there now; or
+  // the others will never be.
+  void chunks_ready(const std::shared_ptr<Work>& work, std::uint32_t chunks);
+  void abandon(const std::shared_ptr<Work>& work);
   std::vector<std::uint64_t> missed(std::uint32_t tag);
   std::vector<std::shared_ptr<const RoundResult>> take_missed(std::uint32_t tag);
   void declare(std::vector<std::pair<std::uint32_t, std::int64_t>> covered);

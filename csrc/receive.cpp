@@ -280,6 +280,14 @@ void Impl::take_contribution(Round& round, const Member& from, const Header& hea
 void Impl::take_result(Round& round, const Member& from, const Header& header, Incoming& incoming,
                        double now) {
   if (corrupt(round, from, header, incoming)) return;
+  const bool forged =
+      header.a != 0 && round.spec.op != Op::collect &&
+      !valid(round.spec.result, incoming.target, chunk_elements(round.spec, header.chunk));
+  if (forged) {  // no owner makes it: left out like one whose bits diverged, and made again
+    event(EventKind::diverged, round, from.peer,
+          "its result of chunk " + std::to_string(header.chunk) + " cannot be decoded");
+    return;
+  }
   round.set_value(header.chunk, {incoming.target, incoming.keep}, header.payload_bytes, header.b,
                   header.a, header.c);
   check_complete(round, now);

@@ -117,9 +117,7 @@ Place Round::place(std::uint32_t c, std::size_t bytes) {
     return {at, std::shared_ptr<void>(std::move(fresh))};
   }
   if (!results) {
-    const std::uint64_t whole = spec.elements / spec.chunk_elements * place_bytes;
-    const auto rest = static_cast<std::size_t>(spec.elements % spec.chunk_elements);
-    results = allocate(static_cast<std::size_t>(whole) + encoded_bytes(spec.result, rest));
+    results = allocate(round_bytes(spec, spec.result));
   }
   auto writer = std::make_shared<Writer>(Writer{results});
   chunk.writer = writer;

@@ -37,21 +37,23 @@ void Impl::announce(Round& round) {
 
 // Does and says everything that follows from what is known now; doing it twice does no harm.
 void Impl::synchronise(Round& round, double now) {
-  if (round.skips) {
-    round.skipped |= bit(roles.self);
-    SlotMask owners = 0;
-    for (const Chunk& chunk : round.chunks) {
-      if (!chunk.held) owners |= bit(chunk.owner);
-    }
-    say_to_all({.type = FrameType::contribution, .skip = true, .tag = round.tag, .seq = round.seq},
-               owners);
-  }
+  if (round.skips) say_skip(round);
   contribute_to_own(round);
   for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
     offer_contribution(round, c);
     offer_result_to_all(round, c);
   }
   try_combine_all(round, now);
+}
+
+void Impl::say_skip(Round& round) {
+  round.skipped |= bit(roles.self);
+  SlotMask owners = 0;
+  for (const Chunk& chunk : round.chunks) {
+    if (!chunk.held) owners |= bit(chunk.owner);
+  }
+  say_to_all({.type = FrameType::contribution, .skip = true, .tag = round.tag, .seq = round.seq},
+             owners);
 }
 
 void Impl::contribute_to_own(Round& round) {
@@ -61,7 +63,7 @@ void Impl::contribute_to_own(Round& round) {
     Chunk& chunk = round.chunks[c];
     const bool ours_to_give =
         round.spec.op != Op::collect || static_cast<std::uint8_t>(c) == roles.self;
-    if (chunk.owner != roles.self || chunk.held || !ours_to_give ||
+    if (chunk.owner != roles.self || chunk.held || !ours_to_give || c >= round.snapshot.ready ||
         ((chunk.received | chunk.waived) & own) != 0) {
       continue;
     }

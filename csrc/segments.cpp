@@ -2,6 +2,7 @@
 #include "segments.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -50,6 +51,19 @@ float* in_place(const Segments& segments, std::size_t first, std::size_t count) 
     start += segment.elements;
   }
   return nullptr;
+}
+
+// The segment of the first sum that is not finite.
+std::size_t first_bad_sum(const Segments& segments, std::size_t first,
+                          std::span<const float> values, std::span<const float> kept) {
+  std::size_t bad = 0;
+  while (bad + 1 < values.size() && std::isfinite(values[bad] + kept[bad])) ++bad;
+  std::size_t which = 0;
+  for (std::size_t end = 0; which + 1 < segments.size(); ++which) {
+    end += segments[which].elements;
+    if (first + bad < end) break;
+  }
+  return which;
 }
 
 }  // namespace
@@ -106,38 +120,44 @@ Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const 
     return {here, owner};
   }
   const std::uint32_t chunks = chunk_count(spec);
-  std::size_t bytes = 0;
-  for (std::uint32_t i = 0; i < chunks; ++i) {
-    bytes += encoded_bytes(spec.contribution, chunk_elements(spec, i));
-  }
+  const std::size_t bytes = round_bytes(spec, spec.contribution);
   const std::shared_ptr<std::byte[]> out = allocate(bytes);
   const bool past_cache = spec.contribution == Codec::f32 && bytes >= kStreamBytes;
-  std::vector<float> scratch, sum, back;
+  std::vector<float> scratch, back;
   std::size_t at = 0, first = 0;
   for (std::uint32_t i = 0; i < chunks; ++i) {
     const std::size_t n = chunk_elements(spec, i);
-    std::span<const float> values = gather(segments, first, n, scratch);
+    const std::span<const float> values = gather(segments, first, n, scratch);
     if (feedback) {
       const std::span<const float> kept = gather(residual, first, n, back);
-      sum.resize(n);
-      for (std::size_t k = 0; k < n; ++k) sum[k] = values[k] + kept[k];
-      values = sum;
-    }
-    const bool encoded = past_cache ? copy_past_cache(values, out.get() + at)
-                                    : encode(spec.contribution, values, out.get() + at);
-    if (!encoded) {
+      if (!encode_fed(spec.contribution, values, kept, out.get() + at)) {
+        throw NotFinite{first_bad_sum(segments, first, values, kept)};
+      }
+    } else if (!(past_cache ? copy_past_cache(values, out.get() + at)
+                            : encode(spec.contribution, values, out.get() + at))) {
       throw NotFinite{first_not_finite(segments)};
-    }
-    if (feedback) {
-      back.resize(n);
-      if (!decode(spec.contribution, out.get() + at, back)) throw NotFinite{0};
-      for (std::size_t k = 0; k < n; ++k) back[k] = sum[k] - back[k];
-      scatter(residual, first, back);
     }
     at += encoded_bytes(spec.contribution, n);
     first += n;
   }
   return {out.get(), out};
+}
+
+void keep_lost(const RoundSpec& spec, const Segments& segments, const Segments& residual,
+               const std::byte* sent) {
+  std::vector<float> scratch, back;
+  std::size_t first = 0;
+  for (std::uint32_t i = 0; i < chunk_count(spec); ++i) {
+    const std::size_t n = chunk_elements(spec, i);
+    const std::span<const float> values = gather(segments, first, n, scratch);
+    float* const here = in_place(residual, first, n);
+    if (here == nullptr) gather(residual, first, n, back);
+    const std::span<float> kept{here != nullptr ? here : back.data(), n};
+    keep_lost(spec.contribution, values, sent, kept);
+    if (here == nullptr) scatter(residual, first, kept);
+    sent += encoded_bytes(spec.contribution, n);
+    first += n;
+  }
 }
 
 void decode_segments(const RoundResult& result, const Segments& segments) {

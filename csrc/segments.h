@@ -36,10 +36,14 @@ std::size_t first_not_finite(const Segments& segments);
 
 // The encoded contribution. Throws NotFinite. With `borrow` the bytes of one f32 segment are used
 // in place when the codec allows; large ones are not looked through here (Snapshot::finite).
-// `residual` (f32, empty or of the same length) is error feedback: x = segments + residual is
-// encoded, residual = x - decode(encode(x)).
+// `residual` (empty or of the same length) is error feedback: segments + residual is encoded.
+// Nothing of the caller's is written to: that is keep_lost's part, when the round has taken it.
 Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const Segments& residual,
                          bool borrow, const std::shared_ptr<const void>& owner);
+
+// residual = segments + residual - decode(sent). Of a residual of bf16 or f16 the nearest.
+void keep_lost(const RoundSpec& spec, const Segments& segments, const Segments& residual,
+               const std::byte* sent);
 
 // The result into the caller's segments; a chunk to which nobody contributed gives zeros.
 void decode_segments(const RoundResult& result, const Segments& segments);

@@ -46,9 +46,9 @@ bool Impl::takes_frames(const Round& round, std::uint8_t slot) const {
 
 void Impl::offer_contribution(Round& round, std::uint32_t c) {
   Chunk& chunk = round.chunks[c];
-  if (!round.contributes || chunk.held || chunk.fixed || chunk.owner_has_ours ||
-      chunk.contribution_queued || chunk.owner == roles.self || chunk.owner == kNoSlot ||
-      round.spec.op == Op::collect || !takes_frames(round, chunk.owner)) {
+  if (!round.contributes || c >= round.snapshot.ready || chunk.held || chunk.fixed ||
+      chunk.owner_has_ours || chunk.contribution_queued || chunk.owner == roles.self ||
+      chunk.owner == kNoSlot || round.spec.op == Op::collect || !takes_frames(round, chunk.owner)) {
     return;
   }
   chunk.contribution_queued = true;

@@ -223,4 +223,10 @@ std::size_t chunk_elements(const RoundSpec& spec, std::uint32_t chunk) {
   return static_cast<std::size_t>(left < spec.chunk_elements ? left : spec.chunk_elements);
 }
 
+std::size_t round_bytes(const RoundSpec& spec, Codec codec) {
+  const auto whole = static_cast<std::size_t>(spec.elements / spec.chunk_elements);
+  const auto rest = static_cast<std::size_t>(spec.elements % spec.chunk_elements);
+  return whole * encoded_bytes(codec, spec.chunk_elements) + encoded_bytes(codec, rest);
+}
+
 }  // namespace decotrain

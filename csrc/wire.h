@@ -90,5 +90,6 @@ const char* fault(const RoundSpec& spec);
 std::uint32_t spec_digest(const RoundSpec& spec);
 std::uint32_t chunk_count(const RoundSpec& spec);  // collect: kMaxPeers, one for each slot
 std::size_t chunk_elements(const RoundSpec& spec, std::uint32_t chunk);
+std::size_t round_bytes(const RoundSpec& spec, Codec codec);  // of all chunks, encoded
 
 }  // namespace decotrain

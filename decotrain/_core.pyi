@@ -207,6 +207,17 @@ class Result:
     def view_f32(self) -> object:
         """A read-only view of an f32 result in one piece, or None."""
 
+    @property
+    def codec(self) -> str: ...
+
+    @property
+    def chunk_elements(self) -> int: ...
+
+    def encoded_into(self, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """
+        Copies the encoded result, chunk after chunk; zeros where nobody contributed.
+        """
+
 class Work:
     """A round that was begun."""
 
@@ -316,6 +327,21 @@ class Node:
 
     def close(self) -> None: ...
 
+    def begin_encoded(self, encoded: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], elements: int, *, tag: int, op: str, codec: str, result_codec: str, weight: float, state_digest: int, rule: str | None, rule_parameter: float, chunk_elements: int) -> Work:
+        """
+        Begins a round with encoded chunks that need not be there yet: chunks_ready follows.
+        """
+
+    def chunks_ready(self, work: Work, chunks: int) -> None:
+        """
+        So many chunks of a round of begin_encoded, from the first on, are there.
+        """
+
+    def abandon(self, work: Work) -> None:
+        """
+        The chunks that are not there will never be: our contribution ends here.
+        """
+
     def publish(self, tag: int, arrays: list[Any], version: int) -> None:
         """
         Serves the arrays from where they lie: write to them only between begin_update and end_update.
@@ -349,6 +375,9 @@ class Node:
         """Others to ask from now on; what is fetched stays."""
 
     def cancel(self, fetch: Fetch) -> None: ...
+
+def round_chunk_elements(elements: int) -> int:
+    """Elements of a chunk in a round of so many, when the caller names none."""
 
 def spsa_perturb(theta: object, out: object, key: int, c2: int, c3: int, epsilon: float, first: int = 0, noise: str = 'rademacher') -> None:
     """

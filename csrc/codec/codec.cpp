@@ -94,6 +94,9 @@ bool decode(Codec codec, const std::byte* bytes, std::span<float> out) {
 bool valid(Codec codec, const std::byte* bytes, std::size_t elements) {
   if (elements == 0) return true;
   const Place in = place_const(codec, bytes, elements);
+  if (codec == Codec::f32 && reinterpret_cast<std::uintptr_t>(bytes) % alignof(float) == 0) {
+    return kernels().finite_f32(reinterpret_cast<const float*>(bytes), elements);
+  }
   // The sum reaches the highest bit exactly when the exponent is all ones: loops a compiler
   // can turn into vectors.
   u32 wide = 0;

@@ -43,12 +43,16 @@ std::size_t encoded_bytes(Codec codec, std::size_t elements);
 // Encodes; false when a value is NaN or infinite (out is then unspecified).
 bool encode(Codec codec, std::span<const float> values, std::byte* out);
 
-// Encodes y = values + residual and leaves y - decode(encode(y)) in the residual (f32, or the bits
-// of bf16); false, and the residual is as before, when a sum is NaN or infinite.
-bool encode_with_feedback(Codec codec, std::span<const float> values, std::span<float> residual,
-                          std::byte* out);
-bool encode_with_feedback(Codec codec, std::span<const float> values,
-                          std::span<std::uint16_t> residual, std::byte* out);
+// Error feedback. Encodes y = values + residual (f32, or the bits of bf16); false when a sum is NaN
+// or infinite. The residual is as before until keep_lost makes it y - decode(sent).
+bool encode_fed(Codec codec, std::span<const float> values, std::span<const float> residual,
+                std::byte* out);
+bool encode_fed(Codec codec, std::span<const float> values, std::span<const std::uint16_t> residual,
+                std::byte* out);
+void keep_lost(Codec codec, std::span<const float> values, const std::byte* sent,
+               std::span<float> residual);
+void keep_lost(Codec codec, std::span<const float> values, const std::byte* sent,
+               std::span<std::uint16_t> residual);
 
 // Rounds each value up or down by chance, so that its mean is kept: int8, e2m1 and e3m0 only. The
 // bits depend on the key, the stream (say, round << 32 | chunk) and the element's number alone.

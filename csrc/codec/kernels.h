@@ -40,6 +40,8 @@ struct Kernels {
                       float factor, std::size_t elements, float* out);
   // Copies past the cache, for what is not read again soon. False: a value is NaN or infinite.
   bool (*stream_f32)(const float* values, std::size_t elements, float* out);
+  // False: a value is NaN or infinite.
+  bool (*finite_f32)(const float* values, std::size_t elements);
 };
 
 extern const Kernels kScalarKernels;

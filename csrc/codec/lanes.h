@@ -438,7 +438,8 @@ constexpr Kernels make_kernels() noexcept {
            accumulate_with<V, Int8>, accumulate_with<V, E2m1>, accumulate_with<V, E3m0>,
            accumulate_with<V, Int2>},
           combine_f32_with<V>,
-          stream_f32_with<V>};
+          stream_f32_with<V>,
+          finite_f32_with<V>};
 }
 
 }  // namespace

@@ -71,5 +71,17 @@ bool stream_f32_with(const float* values, std::size_t elements, float* out) {
   return V::largest(largest) < kInfinity && rest < kInfinity;
 }
 
+template <typename V>
+bool finite_f32_with(const float* values, std::size_t elements) {
+  auto largest = V::set(0u);
+  std::size_t i = 0;
+  for (; i + 16 <= elements; i += 16) {
+    largest = V::max(largest, V::both(V::bits(V::load(values + i)), V::set(kMagnitude)));
+  }
+  u32 rest = 0;
+  for (; i < elements; ++i) rest = magnitude(values[i]) > rest ? magnitude(values[i]) : rest;
+  return V::largest(largest) < kInfinity && rest < kInfinity;
+}
+
 }  // namespace
 }  // namespace decotrain

@@ -284,6 +284,10 @@ bool stream_f32(const float* values, std::size_t elements, float* out) {
   return absmax(values, elements) < kInfinity;
 }
 
+bool finite_f32(const float* values, std::size_t elements) {
+  return absmax(values, elements) < kInfinity;
+}
+
 }  // namespace
 
 const Kernels kScalarKernels = {
@@ -293,6 +297,7 @@ const Kernels kScalarKernels = {
     {accumulate_f32, accumulate_bf16, accumulate_f16, accumulate_int8, accumulate_e2m1,
      accumulate_e3m0, accumulate_int2},
     combine_f32,
-    stream_f32};
+    stream_f32,
+    finite_f32};
 
 }  // namespace decotrain

@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -67,14 +68,16 @@ bool encode_with_feedback(const std::string& name, const Floats& values, const R
   const bool full = code == Code::Float && residual.dtype().bits == 32;
   const bool half = code != Code::Float && residual.dtype().bits == 16;
   if (!full && !half) bad("the residual is float32, bfloat16, or uint16 that holds bfloat16");
+  const auto both = [&](auto* data) {
+    const std::span kept(data, from.size());
+    using Kept = std::remove_reference_t<decltype(*data)>;
+    if (!decotrain::encode_fed(codec, from, std::span<const Kept>(kept), raw(out))) return false;
+    decotrain::keep_lost(codec, from, raw(out), kept);
+    return true;
+  };
   void* data = residual.data();
   const nb::gil_scoped_release release;
-  if (full) {
-    return decotrain::encode_with_feedback(
-        codec, from, std::span(static_cast<float*>(data), from.size()), raw(out));
-  }
-  return decotrain::encode_with_feedback(
-      codec, from, std::span(static_cast<std::uint16_t*>(data), from.size()), raw(out));
+  return full ? both(static_cast<float*>(data)) : both(static_cast<std::uint16_t*>(data));
 }
 
 bool decode(const std::string& name, const Bytes& bytes, const FloatsOut& out, bool as_cuda) {

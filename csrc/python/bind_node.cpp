@@ -30,28 +30,8 @@ using namespace nb::literals;
 namespace decotrain {
 namespace {
 
-constexpr nb::dlpack::dtype kBf16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
-constexpr nb::dlpack::dtype kF16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-constexpr nb::dlpack::dtype kU16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt), 16, 1};
-
 using Map = nb::typed<nb::dict, nb::str, nb::any>;
 using Items = nb::typed<nb::list, nb::any>;  // of buffers
-
-Codec codec_named(const std::string& name) {
-  static const char* const kNames[] = {"f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2"};
-  for (std::uint8_t i = 0; i < kCodecCount; ++i) {
-    if (name == kNames[i]) return static_cast<Codec>(i);
-  }
-  throw nb::value_error(("no codec is called " + name).c_str());
-}
-
-Rule rule_named(const std::string& name) {
-  static const char* const kNames[] = {"mean", "sum", "median", "trimmed_mean", "norm_clip"};
-  for (std::uint8_t i = 0; i < kRuleCount; ++i) {
-    if (name == kNames[i]) return static_cast<Rule>(i);
-  }
-  throw nb::value_error(("no rule is called " + name).c_str());
-}
 
 // The caller's arrays, and what keeps them alive while the core reads them.
 template <typename Array>
@@ -63,10 +43,10 @@ struct Buffers {
 // An array, or (array of 16-bit words, "bf16") where the library has no bfloat16 to export.
 template <typename Array>
 Segment segment_of(nb::handle item, std::size_t index, std::vector<Array>& arrays) {
-  std::optional<Codec> named;
+  std::string named;
   nb::object holder = nb::borrow(item);
   if (nb::isinstance<nb::tuple>(item) && nb::len(item) == 2) {
-    named = codec_named(nb::cast<std::string>(item[1]));
+    named = nb::cast<std::string>(item[1]);
     holder = nb::borrow(item[0]);
   }
   Array array;
@@ -79,7 +59,7 @@ Segment segment_of(nb::handle item, std::size_t index, std::vector<Array>& array
   Segment segment;
   if (type == nb::dtype<float>()) {
     segment.type = Codec::f32;
-  } else if (type == kBf16 || (type == kU16 && named == Codec::bf16)) {
+  } else if (type == kBf16 || (type == kU16 && named == codec_name(Codec::bf16))) {
     segment.type = Codec::bf16;
   } else if (type == kF16) {
     segment.type = Codec::f16;
@@ -102,31 +82,6 @@ Buffers<Array> buffers_of(const Items& items) {
   return out;
 }
 
-struct BeginOptions {
-  std::uint32_t tag;
-  std::string op, codec, result_codec;
-  double weight;
-  std::uint64_t state_digest;
-  std::optional<std::string> rule;
-  float rule_parameter;
-  std::optional<std::uint32_t> chunk_elements;
-};
-
-RoundSpec spec_of(const BeginOptions& options, std::uint64_t elements) {
-  RoundSpec spec;
-  if (options.op != "mean" && options.op != "sum") {
-    throw nb::value_error("op is 'mean' or 'sum'");
-  }
-  spec.op = options.op == "sum" ? Op::sum : Op::mean;
-  spec.rule = rule_named(options.rule.value_or(options.op));
-  spec.rule_parameter = options.rule_parameter;
-  spec.contribution = codec_named(options.codec);
-  spec.result = codec_named(options.result_codec);
-  spec.elements = elements;
-  spec.chunk_elements = options.chunk_elements.value_or(default_chunk_elements(elements));
-  return spec;
-}
-
 std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
                             const std::string& op, const std::string& codec,
                             const std::optional<std::string>& result_codec, double weight,
@@ -134,20 +89,15 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
                             std::uint64_t state_digest, const std::optional<std::string>& rule,
                             float rule_parameter, std::optional<std::uint32_t> chunk_elements) {
   release_dropped();
-  if (!(weight >= 0.0) || !std::isfinite(weight)) throw nb::value_error("weight is not below 0");
   Buffers<ReadArray> from = buffers_of<ReadArray>(items);
   Buffers<WriteArray> feedback;
   if (residual) feedback = buffers_of<WriteArray>(*residual);
   if (residual && total_elements(feedback.segments) != total_elements(from.segments)) {
     throw nb::value_error("the residual has another number of elements than the buffers");
   }
-  BeginArgs args;
-  args.tag = tag;
-  args.spec = spec_of({tag, op, codec, result_codec.value_or(codec), weight, state_digest, rule,
-                       rule_parameter, chunk_elements},
-                      total_elements(from.segments));
-  args.weight = weight;
-  args.state_digest = state_digest;
+  BeginArgs args = args_of({tag, op, codec, result_codec.value_or(codec), weight, state_digest,
+                            rule, rule_parameter, chunk_elements},
+                           total_elements(from.segments));
   const std::shared_ptr<const void> owner =
       borrow ? keep_arrays(std::move(from.arrays)) : std::shared_ptr<const void>{};
   std::optional<std::size_t> bad;
@@ -158,7 +108,13 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
       if (weight > 0.0) {
         args.snapshot = encode_segments(args.spec, from.segments, feedback.segments, borrow, owner);
       }
+      const RoundSpec spec = args.spec;
+      const Snapshot sent = args.snapshot;
       work = node.begin(std::move(args));
+      // Only now: a contribution that is refused has changed nothing.
+      if (sent.bytes != nullptr && residual) {
+        keep_lost(spec, from.segments, feedback.segments, sent.bytes);
+      }
     } catch (const NotFinite& error) {
       bad = error.segment;
     }
@@ -187,11 +143,6 @@ std::shared_ptr<Work> collect(Node& node, const std::optional<nb::bytes>& data, 
   const nb::gil_scoped_release released;
   return node.begin(std::move(args));
 }
-
-// The engine's binding has RoundResult itself, for tests; this is the one that users see.
-struct Held {
-  std::shared_ptr<const RoundResult> result;
-};
 
 const char* outcome_name(Outcome outcome) {
   switch (outcome) {
@@ -364,9 +315,9 @@ Map view_of(Node& node) {
   return to_map(view);
 }
 
-void bind_results(nb::module_& m) {
-  nb::class_<Held>(m, "Result", "What a round gave: the same bits on every peer.")
-      .def_prop_ro("tag", [](const Held& h) { return h.result->tag; })
+nb::class_<Held> bind_results(nb::module_& m) {
+  nb::class_<Held> type(m, "Result", "What a round gave: the same bits on every peer.");
+  type.def_prop_ro("tag", [](const Held& h) { return h.result->tag; })
       .def_prop_ro("seq", [](const Held& h) { return h.result->seq; })
       .def_prop_ro("digest", [](const Held& h) { return h.result->digest; })
       .def_prop_ro("view", [](const Held& h) { return h.result->view; })
@@ -410,6 +361,7 @@ void bind_results(nb::module_& m) {
             return result ? std::optional(Held{std::move(result)}) : std::nullopt;
           },
           "After wait(). None: missed results must be taken before this round can begin.");
+  return type;
 }
 
 nb::typed<nb::list, Map> links_of(Node& node) {
@@ -427,7 +379,7 @@ nb::typed<nb::list, Map> links_of(Node& node) {
 void bind_node(nb::module_& m) {
   using namespace decotrain;
   bind_pool(m);
-  bind_results(m);
+  nb::class_<Held> held = bind_results(m);
   bind_fetch(m);
   using Guard = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Node> type(m, "Node", "A peer's rounds and links, on a thread of its own.");
@@ -486,5 +438,6 @@ void bind_node(nb::module_& m) {
           },
           "uplink_bps (0: not measured), and for whose contributions alone we waited how long.")
       .def("close", &Node::close, Guard());
+  bind_encoded(m, type, held);
   bind_state(type);
 }

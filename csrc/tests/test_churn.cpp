@@ -62,6 +62,16 @@ TEST_CASE("agreement and progress under churn") {
   }
 }
 
+TEST_CASE("agreement and progress under churn while chunks become ready one by one") {
+  for (std::uint32_t seed = 0; seed < kSeeds; ++seed) {
+    WorldOptions options = options_of(seed);
+    options.fills = true;
+    const std::string fault = run(seed, options);
+    INFO("seed ", seed, ": ", fault);
+    CHECK(fault.empty());
+  }
+}
+
 #ifdef DT_PLANT
 TEST_CASE("a planted bug is found") {
   for (std::uint8_t bug = 1; bug <= static_cast<std::uint8_t>(Plant::goes_on); ++bug) {

@@ -266,9 +266,59 @@ TEST_CASE("error feedback keeps what the codec lost") {
   spec.elements = x.size();
   spec.chunk_elements = 300;
   const Snapshot snapshot = encode_segments(spec, segments_of(x), segments_of(e), true, {});
+  CHECK(e == std::vector<float>(1000, 0.25f));  // before the round has it nothing has changed
+  keep_lost(spec, segments_of(x), segments_of(e), snapshot.bytes);
   std::vector<float> sent(x.size());
   REQUIRE(decode(Codec::bf16, snapshot.bytes, sent));
   for (std::size_t i = 0; i < x.size(); ++i) CHECK(x[i] + 0.25f - sent[i] == e[i]);
+}
+
+TEST_CASE("a residual may be bf16, and in other pieces than the values") {
+  std::vector<float> x = values_of(1000, 2), e(1000);
+  for (std::size_t i = 0; i < e.size(); ++i) e[i] = static_cast<float>(i % 16) * 0.125f;
+  std::vector<std::uint16_t> half(1000);
+  REQUIRE(encode(Codec::bf16, e, reinterpret_cast<std::byte*>(half.data())));
+  const Segments pieces = {{Codec::bf16, reinterpret_cast<std::byte*>(half.data()), 130},
+                           {Codec::bf16, reinterpret_cast<std::byte*>(half.data() + 130), 870}};
+  RoundSpec spec;
+  spec.contribution = Codec::e2m1;
+  spec.elements = x.size();
+  spec.chunk_elements = 300;
+  const Snapshot one = encode_segments(spec, segments_of(x), segments_of(e), false, {});
+  const Snapshot two = encode_segments(spec, segments_of(x), pieces, false, {});
+  CHECK(std::memcmp(one.bytes, two.bytes, round_bytes(spec, spec.contribution)) == 0);
+  keep_lost(spec, segments_of(x), segments_of(e), one.bytes);
+  keep_lost(spec, segments_of(x), pieces, two.bytes);
+  std::vector<std::uint16_t> nearest(1000);
+  REQUIRE(encode(Codec::bf16, e, reinterpret_cast<std::byte*>(nearest.data())));
+  CHECK(half == nearest);
+}
+
+TEST_CASE("a poisoned contribution names its buffer, and changes no residual") {
+  for (const Codec codec : {Codec::f32, Codec::bf16, Codec::int8, Codec::e2m1, Codec::int2}) {
+    std::vector<float> a = values_of(700, 1), b = values_of(300, 2), e(1000, 0.25f);
+    Segments segments = segments_of(a);
+    segments.push_back(segments_of(b)[0]);
+    RoundSpec spec;
+    spec.contribution = codec;
+    spec.elements = 1000;
+    spec.chunk_elements = 256;
+    const auto refused_for = [&]() -> std::size_t {
+      try {
+        encode_segments(spec, segments, segments_of(e), false, {});
+      } catch (const NotFinite& error) {
+        return error.segment;
+      }
+      return 99;
+    };
+    CHECK(refused_for() == 99);
+    b[250] = std::numeric_limits<float>::quiet_NaN();  // in the last of four chunks
+    CHECK(refused_for() == 1);
+    CHECK(e == std::vector<float>(1000, 0.25f));
+    b[250] = 1.0f;
+    e[100] = a[100] = std::numeric_limits<float>::max();  // finite both, and the sum is not
+    CHECK(refused_for() == 0);
+  }
 }
 
 }  // namespace decotrain

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 
 namespace decotrain::test {
 namespace {
@@ -174,8 +175,34 @@ void World::begin(Peer& peer, std::uint32_t tag) {
       options_.elements, static_cast<float>(std::uint64_t{1} << peer.slot));
   args.snapshot = {reinterpret_cast<const std::byte*>(values->data()), values};
   if (options_.op == Op::collect) args.collect_bytes = options_.elements * sizeof(float);
+  const bool later = options_.fills && options_.op != Op::collect && random(3) != 0;
+  if (later) {
+    std::fill(values->begin(), values->end(), std::numeric_limits<float>::quiet_NaN());
+    args.snapshot.ready = 0;
+  }
   const std::uint64_t seq = engine.begin(std::move(args), now);
+  if (later) filling_.push_back({std::size_t{peer.id - 1000}, tag, seq, 0, values});
   peer.begun[tag] = seq;
+}
+
+// The next chunk of some contribution; now and then its peer gives up. False when all are whole.
+bool World::fill_one() {
+  if (filling_.empty()) return false;
+  const auto which = static_cast<std::ptrdiff_t>(random(filling_.size()));
+  Filling& one = filling_[static_cast<std::size_t>(which)];
+  Peer& peer = peers_[one.peer];
+  const std::uint64_t first = std::uint64_t{one.ready} * options_.chunk_elements;
+  const bool done = first >= options_.elements;
+  if (!peer.alive || done || (options_.chaos && random(40) == 0)) {
+    if (peer.alive && !done) peer.engine->abandon(one.tag, one.seq, now);
+    filling_.erase(filling_.begin() + which);
+    return true;
+  }
+  const std::uint64_t end = std::min(first + options_.chunk_elements, options_.elements);
+  const auto value = static_cast<float>(std::uint64_t{1} << peer.slot);
+  for (std::uint64_t i = first; i < end; ++i) (*one.values)[i] = value;
+  peer.engine->chunks_ready(one.tag, one.seq, ++one.ready, now);
+  return true;
 }
 
 void World::begin_some() {
@@ -347,7 +374,7 @@ void World::act() {
       if (one.alive && one.needs_fetch && random(4) == 0) fetch(one);
       if (one.alive) one.engine->tick(now);
     }
-  } else {
+  } else if (!options_.fills || random(4) != 0 || !fill_one()) {
     move(false);
   }
   check();
@@ -357,6 +384,7 @@ bool World::run_until_quiet(int bound) {
   for (int i = 0; i < bound; ++i) {
     now += kTick;
     if (move(false)) continue;
+    if (fill_one()) continue;
     take_all();
     for (Peer& one : peers_) {
       if (one.alive) one.engine->tick(now);

@@ -53,6 +53,7 @@ struct WorldOptions {
   int streams = 2;
   std::uint64_t rounds = 3;  // of each tag
   EngineOptions engine;
+  bool fills = false;  // chunks of many rounds become ready one by one
   bool chaos = false;
   Plant plant = Plant::none;
 };
@@ -91,6 +92,7 @@ class World {
   void begin(Peer& peer, std::uint32_t tag);
   void apply(Peer& peer, std::uint32_t tag, const RoundResult& result);
   void fetch(Peer& peer);
+  bool fill_one();
   void declare(Peer& peer);
   void check_sum(const Peer& peer, const RoundResult& result);
   Install plan(const std::map<std::size_t, Report>& reports, const std::vector<std::size_t>& in,
@@ -107,6 +109,15 @@ class World {
   std::vector<std::pair<std::size_t, std::size_t>> resets_;  // (who, about whom), to be told
   std::vector<std::tuple<std::size_t, std::size_t, Frame>> old_frames_;
   std::map<std::pair<std::uint32_t, std::uint64_t>, std::map<PeerId, std::uint64_t>> truth_;
+  // Contributions that are not whole yet: NaN where nothing has been written.
+  struct Filling {
+    std::size_t peer = 0;
+    std::uint32_t tag = 0;
+    std::uint64_t seq = 0;
+    std::uint32_t ready = 0;
+    std::shared_ptr<std::vector<float>> values;
+  };
+  std::deque<Filling> filling_;
   std::vector<Install> installs_;  // all so far: some arrive late
   std::vector<std::string> violations_;
   ViewId view_id_ = ViewId{1} << 32;
