@@ -19,6 +19,10 @@ from decotrain.errors import Error
 # Every suite: name -> (module with `run(settings) -> Report`, what it shows).
 SUITES = {
     "codecs": ("bench.codecs", "encode, decode and combine against torch and memcpy"),
+    "codec-errors": (
+        "bench.codec_errors",
+        "the error of rounds by codec, with and without feedback",
+    ),
     "allreduce": ("bench.allreduce", "rounds on the loopback by size and codec, against Gloo"),
     "crypto": ("bench.crypto", "what TLS costs, and a round while strangers knock"),
     "spsa": ("bench.spsa", "SPSA's kernels against MeZO in PyTorch, and the memory of a step"),

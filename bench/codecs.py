@@ -1,4 +1,4 @@
-"""Codecs on one core: encode, decode and combine against memcpy, numpy and torch; and their error.
+"""Codecs on one core: encode, decode and combine against memcpy, numpy and torch.
 
 What is counted: gigabytes of float32 per second, encoded from or decoded to; for combine those of
 all n contributions. `of_memcpy` divides by what a copy of the same float32 buffer reaches in the
@@ -23,7 +23,8 @@ from decotrain import _core
 CODECS = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
 COMBINED = (2, 8, 32)
 CHUNK = 1 << 18  # values, as in a round
-ROUNDS = 32
+STOCHASTIC = ("int8", "e2m1", "e3m0")
+KEEP = 64  # of every 4096
 
 
 def run(settings: Settings) -> Report:
@@ -34,14 +35,12 @@ def run(settings: Settings) -> Report:
     values = np.random.default_rng(settings.seed).standard_t(4, mib << 18).astype(np.float32)
     for codec in CODECS:
         _speed(report, settings, codec, values)
+    _sparse(report, settings, values)
     _others(report, settings, values)
-    _errors(report, settings)
     report.table("speed", ["gb_per_s", "of_memcpy"], title=f"Speed ({_core.simd()})",
                  where={"what": "speed"})  # fmt: skip
     report.table("others", ["gb_per_s", "times_slower"], where={"what": "others"},
                  title="int8 over 256, by others")  # fmt: skip
-    report.table("errors", ["plain_percent", "feedback_percent"], where={"what": "error"},
-                 title=f"Error of the sum of {ROUNDS} rounds")  # fmt: skip
     report.plot("speed", "codec", "of_memcpy", lines="op", title="One core, relative to memcpy",
                 where={"what": "speed"})  # fmt: skip
     report.note(__doc__.split("\n\n")[1].replace("\n", " "))
@@ -81,11 +80,54 @@ def _speed(report: Report, settings: Settings, codec: str, values: np.ndarray[An
         for part, encoded in zip(out_parts, data, strict=True):
             assert _core.codec_decode(codec, encoded, part)
 
+    kept = _chunks(np.zeros_like(values), CHUNK)
+
+    def feedback() -> None:
+        for part, residual, encoded in zip(parts, kept, data, strict=True):
+            assert _core.codec_encode_with_feedback(codec, part, residual, encoded)
+
+    def stochastic() -> None:
+        for number, (part, encoded) in enumerate(zip(parts, data, strict=True)):
+            assert _core.codec_encode_stochastic(codec, part, 1, number, encoded)
+
     encode()
-    calls = {"memcpy": lambda: np.copyto(out, values), "encode": encode, "decode": decode}
-    amounts = {"encode": values.nbytes, "decode": values.nbytes}
+    calls: dict[str, Callable[[], object]] = {"encode": encode, "decode": decode}
+    if codec != "f32":
+        calls["encode, feedback"] = feedback
+    if codec in STOCHASTIC:
+        calls["encode, stochastic"] = stochastic
+    amounts = dict.fromkeys(calls, values.nbytes)
     for n in COMBINED:
         calls[f"combine {n}"], amounts[f"combine {n}"] = _combine(codec, parts, n)
+    _measure(report, settings, codec, values, calls, amounts)
+
+
+def _sparse(report: Report, settings: Settings, values: np.ndarray[Any, Any]) -> None:
+    """Top-k, whole: the largest 64 of every 4096, and their sum into a buffer."""
+    data = np.empty(_core.topk_bytes(values.size, KEEP), np.uint8)
+    total = np.zeros_like(values)
+
+    def encode() -> None:
+        assert _core.topk_encode(values, KEEP, data)
+
+    def add() -> None:
+        assert _core.topk_add(data, KEEP, 1.0, total)
+
+    encode()
+    calls: dict[str, Callable[[], object]] = {"encode": encode, "add": add}
+    _measure(report, settings, f"top-{KEEP}", values, calls, dict.fromkeys(calls, values.nbytes))
+
+
+def _measure(
+    report: Report,
+    settings: Settings,
+    codec: str,
+    values: np.ndarray[Any, Any],
+    calls: dict[str, Callable[[], object]],
+    amounts: dict[str, int],
+) -> None:
+    out = np.empty_like(values)
+    calls = {"memcpy": lambda: np.copyto(out, values), **calls}
     samples = interleave({k: _cpu_time(call) for k, call in calls.items()}, settings.repeats)
     copied = [values.nbytes / s for s in samples["memcpy"]]
     for op, amount in amounts.items():
@@ -168,38 +210,3 @@ def _others(report: Report, settings: Settings, values: np.ndarray[Any, Any]) ->
             slower = [s / o for s, o in zip(seconds, samples["ours"], strict=True)]
             report.add({"what": "others", "op": op, "by": by}, times_slower=slower,
                        gb_per_s=[values.nbytes / s / 1e9 for s in seconds])  # fmt: skip
-
-
-# --- errors
-
-
-def _errors(report: Report, settings: Settings) -> None:
-    """Heavy-tailed contributions with a common drift; percent of the sum's power."""
-    elements = 1 << (12 if settings.quick else 16)
-    for codec in CODECS:
-        plain, fed = _cumulative(codec, elements, settings.seed)
-        report.add({"what": "error", "codec": codec}, plain_percent=plain, feedback_percent=fed)
-
-
-def _cumulative(codec: str, elements: int, seed: int) -> tuple[float, float]:
-    random = np.random.default_rng(seed)
-    scale = np.exp(random.normal(0, 1, elements // 1024)).repeat(1024)
-    common = 0.5 * random.standard_t(4, elements)
-    data = np.empty(_core.codec_bytes(codec, elements), np.uint8)
-    out = np.empty(elements, np.float32)
-    residual = np.zeros(elements, np.float32)
-    meant, plain, fed = np.zeros(elements), np.zeros(elements), np.zeros(elements)
-    for _ in range(ROUNDS):
-        values = (scale * (common + random.standard_t(4, elements))).astype(np.float32)
-        meant += values
-        assert _core.codec_encode(codec, values, data)
-        assert _core.codec_decode(codec, data, out)
-        plain += out
-        assert _core.codec_encode_with_feedback(codec, values, residual, data)
-        assert _core.codec_decode(codec, data, out)
-        fed += out
-    power = np.square(meant).mean()
-    return (
-        float(np.square(plain - meant).mean() / power * 100),
-        float(np.square(fed - meant).mean() / power * 100),
-    )
