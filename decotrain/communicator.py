@@ -26,9 +26,11 @@ from typing import Any
 from decotrain import codecs
 from decotrain import tensors as tn
 from decotrain._core import Node
+from decotrain.contribution import Given
 from decotrain.control import member as mb
 from decotrain.control.agent import Agent
 from decotrain.errors import (
+    AbandonedError,
     LeftError,
     NotFiniteError,
     OutOfMemoryError,
@@ -41,7 +43,7 @@ from decotrain.joining import Asked, ask, path_options, told_addresses, wait_for
 from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, check_memory, decode, places_for
 from decotrain.shared import SharedState, Shortcut
 
-Tensors = Any  # a torch CPU tensor or numpy array, or a sequence of them (one round)
+Tensors = Any  # a torch tensor or numpy array, or a sequence of them (one round)
 
 
 class Communicator:
@@ -141,7 +143,7 @@ class Communicator:
         weight: float = 1.0,  # 0: skip, we only receive
         out: Tensors | None = None,  # where the result goes; None: into `tensors`
         borrow: bool = False,  # f32 only: no snapshot copy; do not write to tensors before wait()
-        residual: Tensors | None = None,  # f32 error feedback, in place (docs/codecs.md)
+        residual: Tensors | None = None,  # f32 or bf16 error feedback, in place (docs/codecs.md)
         rule: str | None = None,  # "median", "trimmed_mean", "norm_clip" instead of op's own
         rule_parameter: float = 0.0,
         state_digest: int = 0,  # of the state the contribution was computed from
@@ -150,53 +152,33 @@ class Communicator:
         """Begin the next round of the tag. All peers name the same shapes and options.
 
         The values are encoded before this returns: unless borrowed, tensors may be written to at
-        once. NaN or Inf raises NotFiniteError naming the tensor; the round is skipped (weight 0).
-        (In a borrowed tensor above 2 MiB `wait()` raises, and other chunks have our values.)
+        once. NaN or Inf raises NotFiniteError naming the tensor; the round is skipped (weight 0)
+        and the residual is as before. (In a borrowed tensor above 2 MiB `wait()` raises, and other
+        chunks have our values.) Tensors of one GPU are encoded and decoded there.
         """
         given = tn.listed(tensors)
         places = tn.listed(out) if out is not None else given
+        kept = tn.listed(residual) if residual is not None else None
         tn.check_round(tag, weight, given, places)
-        buffers = [tn.readable(tensor, f"tensor {n}") for n, tensor in enumerate(given)]
-        for n, tensor in enumerate(places):
-            tn.writable(tensor, f"tensor {n} of the result")
         codec, result_codec = codecs.pair(codec, result_codec)
         options: dict[str, Any] = {
             "tag": tag, "op": op, "codec": codec, "result_codec": result_codec, "rule": rule,
             "rule_parameter": rule_parameter, "chunk_elements": chunk_elements,
             "state_digest": state_digest,
         }  # fmt: skip
-        feedback = None
-        if residual is not None:
-            feedback = [
-                tn.in_place(tensor, f"tensor {n} of residual")
-                for n, tensor in enumerate(tn.listed(residual))
-            ]
+        mine = Given(given, options, weight, borrow, kept)
+        mine.check()
+        for n, tensor in enumerate(places):
+            tn.check_writable(tensor, f"tensor {n} of the result")
         self._templates[tag] = [tn.pattern(tensor) for tensor in places]
-
-        def skip(node: Any) -> None:
-            work = node.begin(buffers, weight=0.0, **options)
-            self._shared.skipped.setdefault(tag, []).append(work)
 
         def begin(node: Any) -> Any:
             try:
-                return node.begin(
-                    buffers, weight=weight, borrow=borrow, residual=feedback, **options
-                )
-            except MemoryError:
-                skip(node)
-                raise OutOfMemoryError(
-                    f"round of tag {tag}: no memory for the snapshot of its"
-                    f" {sum(map(tn.elements, given))} values; our contribution is skipped, the"
-                    " others go on without it. Use fewer values in a round, or borrow=True"
-                ) from None
-            except ValueError as error:
-                if "contains NaN" not in str(error):
-                    raise
-                skip(node)
-                raise NotFiniteError(
-                    f"round of tag {tag}: {str(error).replace('buffer', 'tensor')}; our"
-                    " contribution is skipped, the others go on without it"
-                ) from None
+                return mine.begin(node)
+            except (NotFiniteError, OutOfMemoryError, AbandonedError) as error:
+                work = error.work if isinstance(error, AbandonedError) else mine.skip(node)
+                self._shared.skipped.setdefault(tag, []).append(work)
+                raise
 
         return self._begin(tag, begin, places)
 

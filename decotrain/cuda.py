@@ -1,4 +1,4 @@
-"""Codecs on a GPU: tensors are encoded where they lie, and only encoded bytes cross to the host.
+"""Codecs on a GPU, and the way between its memory and the host's: the Device of `device.py`.
 
 The kernels (csrc/cuda/codec.cu) give the bits of the CPU's codecs. cupy compiles them at first use,
 for the device at hand, and launches them on torch's current stream. cupy is optional: `missing()`
@@ -7,16 +7,17 @@ says why this module cannot be used. Nothing here knows rounds, links or error f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from decotrain import _core
-from decotrain.errors import ConfigError, NotFiniteError, RoundError
+from decotrain.device import encoded_bytes
+from decotrain.errors import ConfigError
 
 TILE = 1024  # values of a thread block, as in csrc/codec/tile.h
 THREADS = 256
@@ -25,6 +26,7 @@ CHUNKS_MAX = 65535  # of one launch: the grid's second dimension
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
 
+@cache
 def missing() -> str | None:
     """Why GPU codecs cannot be used here; None when they can."""
     if not torch.cuda.is_available():
@@ -79,13 +81,6 @@ def _launch(name: str, elements: int, chunk_elements: int, *pointers: torch.Tens
         )
 
 
-def encoded_bytes(codec: str, elements: int, chunk_elements: int) -> int:
-    """Bytes of all chunks of a buffer, one after the other."""
-    whole, rest = divmod(elements, chunk_elements)
-    size = whole * _core.codec_bytes(codec, chunk_elements)
-    return size + (_core.codec_bytes(codec, rest) if rest else 0)
-
-
 def _check(tensor: torch.Tensor, dtype: torch.dtype, elements: int, what: str) -> None:
     if not tensor.is_cuda or tensor.dtype != dtype or not tensor.is_contiguous():
         raise ConfigError(f"{what}: a contiguous CUDA tensor of {dtype} is needed")
@@ -123,47 +118,30 @@ def decode(
     return flag
 
 
-def encode_to_host(
-    codec: str,
-    values: torch.Tensor,
-    chunk_elements: int,
-    host: torch.Tensor,  # pinned uint8: encoded_bytes(...)
-    step_bytes: int = 4 << 20,
-) -> Iterator[int]:
-    """Yields how many leading bytes of `host` are there, growing, while the rest still crosses.
+def host_bytes(size: int) -> torch.Tensor:
+    """Pinned memory: copies to and from it run beside the kernels and the caller."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    Everything is encoded, and looked at for NaN, before the first byte is given out: what has
-    been yielded may go on the wire at once.
-    """
+
+def to_host(data: torch.Tensor, host: torch.Tensor, ends: Sequence[int]) -> Iterator[None]:
+    """Copies `data` on a stream of its own, when the current one has made it; yields when all
+    before each of `ends` is there, while the rest still crosses."""
     if not host.is_pinned():
         raise ConfigError("the host buffer must be pinned, or copies would not overlap")
-    encoded, flag = encode(codec, values, chunk_elements)
-    if int(flag):
-        raise NotFiniteError("a value of the tensor is NaN or infinite; nothing was sent")
-    compute = torch.cuda.current_stream(values.device)
-    copies = torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
-    copies.wait_stream(compute)
-    encoded.record_stream(copies)
+    copies = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
+    copies.wait_stream(torch.cuda.current_stream(data.device))
+    data.record_stream(copies)
     done = []
     with torch.cuda.stream(copies):
-        for begin in range(0, encoded.numel(), step_bytes):
-            end = min(begin + step_bytes, encoded.numel())
-            host[begin:end].copy_(encoded[begin:end], non_blocking=True)
+        for begin, end in pairwise([0, *ends]):
+            host[begin:end].copy_(data[begin:end], non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(copies)
-            done.append((end, event))
-    for end, event in done:
+            done.append(event)
+    for event in done:
         event.synchronize()
-        yield end
+        yield
 
 
-def decode_from_host(
-    codec: str,
-    host: torch.Tensor,  # pinned uint8
-    chunk_elements: int,
-    out: torch.Tensor,
-) -> None:
-    """The result of a round, encoded on the host, into a GPU tensor. Returns when it is there."""
-    data = host.to(out.device, non_blocking=True)
-    if int(decode(codec, data, chunk_elements, out)):
-        raise RoundError("a result is no valid encoding: this is a bug, or memory is broken")
+def from_host(host: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return host.to(like.device, non_blocking=True)

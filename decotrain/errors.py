@@ -35,6 +35,14 @@ class NotFiniteError(RoundError):
     """A contribution contains NaN or an infinity. The message names the tensor."""
 
 
+class AbandonedError(RoundError):
+    """A GPU failed while a contribution crossed from it: others go on without the rest of it."""
+
+    def __init__(self, text: str, work: object = None) -> None:
+        super().__init__(text)
+        self.work = work  # of the core: the round's result is missed here
+
+
 class OutOfMemoryError(Error, MemoryError):
     """This process cannot have the memory that a round or a fetch needs. The others go on."""
 

@@ -135,6 +135,11 @@ class Work:
 
 def decode(held: Any, places: list[Any]) -> None:
     """Writes a result of the core into tensors."""
+    device = tn.device_of(places)
+    if device is not None:
+        from decotrain import device as on_device
+
+        return on_device.decode(held, device, places)
     pairs = [tn.writable(place, f"tensor {n}") for n, place in enumerate(places)]
     try:
         held.decode_into([buffer for buffer, _ in pairs])

@@ -36,11 +36,34 @@ def elements(tensor: Any) -> int:
     return int(tensor.numel() if is_torch(tensor) else tensor.size)
 
 
-def readable(tensor: Any, place: str) -> Any:
-    """A buffer with the tensor's values: itself where possible, else a contiguous copy."""
+def device_of(tensors: Sequence[Any]) -> Any:
+    """What encodes and decodes these tensors where they lie (decotrain/device.py); None: the core,
+    on the CPU, where tensors that are elsewhere are copied to."""
+    if not all(is_torch(one) and one.is_cuda for one in tensors):
+        return None
+    if len({one.device for one in tensors}) != 1:
+        return None
+    from decotrain import cuda
+
+    return cuda if cuda.missing() is None else None
+
+
+def check_type(tensor: Any, place: str) -> None:
     name = dtype_name(tensor)
     if name not in (*WIRE_TYPES, "float64"):
         raise RoundError(f"{place} is {name}; rounds take float32, bfloat16, float16 and float64")
+
+
+def check_writable(tensor: Any, place: str) -> None:
+    check_type(tensor, place)
+    if not is_torch(tensor) and not tensor.flags.writeable:
+        raise RoundError(f"{place} is read-only: give a tensor that may be written to, or out=")
+
+
+def readable(tensor: Any, place: str) -> Any:
+    """A buffer with the tensor's values: itself where possible, else a contiguous copy."""
+    check_type(tensor, place)
+    name = dtype_name(tensor)
     if is_torch(tensor):
         import torch
 
@@ -70,8 +93,7 @@ def writable(tensor: Any, place: str) -> tuple[Any, Callable[[], None] | None]:
                 tensor.copy_(readable_buffer.view(tensor.shape))
 
         return readable_buffer, bring
-    if not tensor.flags.writeable:
-        raise RoundError(f"{place} is read-only: give a tensor that may be written to, or out=")
+    check_writable(tensor, place)
     if np.shares_memory(readable_buffer, tensor):
         return readable_buffer, None
 
@@ -114,15 +136,6 @@ def check_round(tag: int, weight: float, given: list[Any], places: list[Any]) ->
         raise RoundError("a round needs at least one value")
     if list(map(elements, given)) != list(map(elements, places)):
         raise RoundError("out has other sizes than the tensors of the round")
-
-
-def in_place(tensor: Any, place: str) -> Any:
-    buffer, bring = writable(tensor, place)
-    if bring is not None:
-        raise RoundError(
-            f"{place} must be contiguous float32 in CPU memory: it is updated in place"
-        )
-    return buffer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from decotrain import _core, cuda
-from decotrain.errors import NotFiniteError
+from decotrain.device import encoded_bytes
 from tests.test_codecs import CODECS, KINDS
 
 pytestmark = [
@@ -63,19 +63,18 @@ def test_poison_is_flagged(codec: str) -> None:
     values[4321] = float("nan")
     _, flag = cuda.encode(codec, values, 4096)
     assert int(flag)
-    host = torch.empty(cuda.encoded_bytes(codec, 5000, 4096), dtype=torch.uint8).pin_memory()
-    with pytest.raises(NotFiniteError):
-        list(cuda.encode_to_host(codec, values, 4096, host))
 
 
 def test_streams_of_torch_and_steps_to_the_host() -> None:
     values = torch.from_numpy(nasty(1 << 20, 3)).cuda()
-    host = torch.empty(cuda.encoded_bytes("int8", 1 << 20, 1 << 18), dtype=torch.uint8).pin_memory()
+    host = cuda.host_bytes(encoded_bytes("int8", 1 << 20, 1 << 18))
+    ends = [*range(1 << 18, host.numel(), 1 << 18), host.numel()]
+    wanted = on_cpu("int8", (values * 0.5).cpu().numpy(), 1 << 18)
     with torch.cuda.stream(torch.cuda.Stream()):
         doubled = values * 0.5  # on this stream: the kernel must wait for it
-        steps = list(cuda.encode_to_host("int8", doubled, 1 << 18, host, step_bytes=1 << 18))
+        data, flag = cuda.encode("int8", doubled, 1 << 18)
+        for end, _ in zip(ends, cuda.to_host(data, host, ends), strict=True):
+            assert (host.numpy()[:end] == wanted[:end]).all()
         out = torch.empty_like(values)
-        cuda.decode_from_host("int8", host, 1 << 18, out)
-    assert steps == sorted(steps)
-    assert steps[-1] == host.numel()
-    assert (host.numpy() == on_cpu("int8", (values * 0.5).cpu().numpy(), 1 << 18)).all()
+        assert not int(cuda.decode("int8", cuda.from_host(host, out), 1 << 18, out))
+    assert not int(flag)

@@ -210,6 +210,7 @@ FENCES = {
         "communicator",
         "tensors",
         "cuda",
+        "device",
     ),
     "zmq": ("control",),
     "msgpack": ("control", "state", "spsa"),

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decotrain import _core, codecs
+from decotrain import _core, codecs, tensors
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError, NotFiniteError
 from decotrain.rounds import Result, Work
 
 CHUNK = 4096  # values of which top-k keeps some
 HEAD = struct.Struct("<d")  # weight, before a sparse contribution
+RESIDUALS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Contribution:
 class Codec(Protocol):
     """The second of the four choices."""
 
-    @property
-    def error_feedback(self) -> bool:
-        """The sender adds what the codec lost to its next contribution."""
+    def new_residual(self, like: Tensor) -> Tensor | None:
+        """What the codec has lost so far of values like these, to be added to the next: zeros. None
+        without error feedback."""
         ...
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
@@ -60,16 +61,40 @@ class CodecChoice:
     result: str = "f32"
     error_feedback: bool = False
     decay: float = 1.0  # of the residual, before each round
+    residual: str = "f32"  # or "bf16": half the memory, and one part in 256 of it lost each round
+
+    def __post_init__(self) -> None:
+        if self.residual not in RESIDUALS:
+            raise ConfigError(f"residual={self.residual}: it is kept in {' or '.join(RESIDUALS)}")
 
     @staticmethod
-    def named(name: str, error_feedback: bool = False, decay: float = 1.0) -> CodecChoice:
+    def named(
+        name: str, error_feedback: bool = False, decay: float = 1.0, residual: str = "f32"
+    ) -> CodecChoice:
         """From "int8" (both ways) or "e2m1+int8" (contributions + results)."""
         contribution, result = codecs.pair(name)
-        return CodecChoice(contribution, result, error_feedback, decay)
+        return CodecChoice(contribution, result, error_feedback, decay, residual)
+
+    def new_residual(self, like: Tensor) -> Tensor | None:
+        if not self.error_feedback:
+            return None
+        # Beside the values where those are encoded, else in memory of the host.
+        device = like.device if tensors.device_of([like]) is not None else "cpu"
+        return torch.zeros(like.numel(), dtype=RESIDUALS[self.residual], device=device)
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
-        if given.residual is not None and self.decay != 1.0:
-            given.residual.mul_(self.decay)
+        before = given.residual
+        if before is None or self.decay == 1.0:
+            return self._begin(comm, tag, given)
+        kept = before.clone()
+        try:
+            before.mul_(self.decay)
+            return self._begin(comm, tag, given)
+        except Exception:  # what is refused has changed nothing
+            before.copy_(kept)
+            raise
+
+    def _begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         return comm.all_reduce(
             given.values,
             tag=tag,
@@ -95,11 +120,13 @@ class TopK:
 
     keep: int = 64
     decay: float = 0.95
-    error_feedback: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.keep <= CHUNK:
             raise ConfigError(f"keep={self.keep}: top-k keeps 1 to {CHUNK} of every {CHUNK} values")
+
+    def new_residual(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.numel())
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         residual = given.residual
@@ -107,9 +134,9 @@ class TopK:
         size = _core.topk_bytes(residual.numel(), self.keep)
         data = None
         if given.weight > 0:
-            whole = residual.mul_(self.decay).add_(given.values.cpu()).numpy()
+            whole = residual.mul(self.decay).add_(given.values.cpu())
             packed = np.empty(size, dtype=np.uint8)
-            if not _core.topk_encode(whole, self.keep, packed):
+            if not _core.topk_encode(whole.numpy(), self.keep, packed):
                 comm.collect(None, tag=tag, max_bytes=HEAD.size + size)
                 raise NotFiniteError(
                     f"round of tag {tag}: a parameter contains NaN or infinity; our contribution is"
@@ -117,7 +144,7 @@ class TopK:
                 )
             sent = np.zeros(residual.numel(), dtype=np.float32)
             _core.topk_add(packed, self.keep, -1.0, sent)
-            residual.add_(torch.from_numpy(sent))
+            torch.add(whole, torch.from_numpy(sent), out=residual)
             data = HEAD.pack(given.weight) + packed.tobytes()
         return comm.collect(data, tag=tag, max_bytes=HEAD.size + size)
 

@@ -86,9 +86,8 @@ class GradientAveraging:
         for one in self.optimizers:
             _make_state(one)
         self._collect_state()
-        self.residuals = {
-            b.tag: torch.zeros_like(b.values) for b in self.buckets if codec.error_feedback
-        }
+        kept = {b.tag: codec.new_residual(b.values) for b in self.buckets}
+        self.residuals = {tag: one for tag, one in kept.items() if one is not None}
         self.global_step = 0
         self.sync_s = 0.0
         self.last_contributors: tuple[int, ...] = ()

@@ -81,9 +81,8 @@ class OuterOptimizer:
             Fragment(tag, {n: trained[n] for n in names}, update.buffers, update.scalars, device)
             for tag, names in enumerate(schedule.fragments(list(trained)))
         ]
-        self.residuals = {
-            f.tag: torch.zeros(f.elements) for f in self.fragments if self.codec.error_feedback
-        }
+        kept = {f.tag: self.codec.new_residual(f.theta) for f in self.fragments}
+        self.residuals = {tag: one for tag, one in kept.items() if one is not None}
         self.global_step = 0
         self.sync_s = 0.0  # wall time of this trainer inside rounds
         self.last_contributors: tuple[int, ...] = ()

@@ -29,16 +29,19 @@ Choices = dict[str, Any]  # the four, as OuterOptimizer takes them; ddp: as Grad
 
 
 def coded(preset: Callable[..., Choices]) -> Callable[..., Choices]:
-    """Adds the two options of every preset that has no codec of its own: `codec` (one word, or
-    contributions+results) and `error_feedback`."""
+    """Adds the options of every preset that has no codec of its own: `codec` (one word, or
+    contributions+results), `error_feedback`, and the type of its `residual` (f32 or bf16)."""
 
     @functools.wraps(preset)
-    def whole(*, codec: str = "f32", error_feedback: bool = False, **options: Any) -> Choices:
-        return {**preset(**options), "codec": CodecChoice.named(codec, error_feedback)}
+    def whole(
+        *, codec: str = "f32", error_feedback: bool = False, residual: str = "f32", **options: Any
+    ) -> Choices:
+        chosen = CodecChoice.named(codec, error_feedback, residual=residual)
+        return {**preset(**options), "codec": chosen}
 
-    both = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:2]
+    added = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:3]
     own = inspect.signature(preset)
-    options = [*own.parameters.values(), *both]
+    options = [*own.parameters.values(), *added]
     whole.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
     return whole
 
@@ -143,11 +146,12 @@ def muloco(
     codec: str = "e2m1+int8",
     error_feedback: bool = True,
     decay: float = 0.9,  # of what the codec lost
+    residual: str = "f32",  # or bf16: what is kept of it
 ) -> Choices:
     """DiLoCo for Muon inside: few bits, and error feedback that fades (arXiv 2505.23725)."""
     return {
         "schedule": EveryH(sync_every),
-        "codec": CodecChoice.named(codec, error_feedback, decay),
+        "codec": CodecChoice.named(codec, error_feedback, decay, residual),
         "update": Nesterov(lr, momentum),
     }
 

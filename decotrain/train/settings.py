@@ -56,6 +56,7 @@ class OuterSettings:
 class CodecSettings:
     name: str
     error_feedback: bool
+    residual: str  # f32 or bf16
 
 
 @dataclass(frozen=True)

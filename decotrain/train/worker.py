@@ -180,6 +180,7 @@ def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Out
     if "codec" in known:  # sparseloco has its own
         options["codec"] = settings.codec.name
         options["error_feedback"] = settings.codec.error_feedback
+        options["residual"] = settings.codec.residual
     state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
     return make(preset, trainer.model, trainer.inner, comm, state=state, **options)
 

@@ -1,0 +1,81 @@
+"""A caller's tensors as a contribution to a round: encoded by the core, or where they lie.
+
+What is refused (NaN, no memory) has changed nothing of the caller's. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from decotrain import _core
+from decotrain import tensors as tn
+from decotrain.errors import NotFiniteError, OutOfMemoryError
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one peer brings to one round."""
+
+    tensors: list[Any]
+    options: dict[str, Any]  # of Node.begin, the same for all peers but for the tag's state digest
+    weight: float = 1.0
+    borrow: bool = False
+    residual: list[Any] | None = None  # of error feedback, updated when the round has begun
+
+    def check(self) -> None:
+        """Raises RoundError for tensors that no round takes."""
+        for n, tensor in enumerate(self.tensors):
+            tn.check_type(tensor, f"tensor {n}")
+        for n, tensor in enumerate(self.residual or []):
+            tn.check_writable(tensor, f"tensor {n} of residual")
+
+    def begin(self, node: Any) -> Any:
+        """Begins the round. Raises NotFiniteError, OutOfMemoryError; then `skip` it."""
+        tag = self.options["tag"]
+        if self.weight == 0:
+            return self.skip(node)
+        try:
+            return self._begin(node)
+        except MemoryError:
+            raise OutOfMemoryError(
+                f"round of tag {tag}: no memory for the snapshot of its"
+                f" {sum(map(tn.elements, self.tensors))} values; our contribution is skipped, the"
+                " others go on without it. Use fewer values in a round, or borrow=True"
+            ) from None
+        except ValueError as error:
+            if "contains NaN" not in str(error):
+                raise
+            raise NotFiniteError(
+                f"round of tag {tag}: {str(error).replace('buffer', 'tensor')}; our"
+                " contribution is skipped, the others go on without it"
+            ) from None
+
+    def skip(self, node: Any) -> Any:
+        """The same round with weight 0: we only receive. Looks at no value."""
+        elements = sum(map(tn.elements, self.tensors))
+        chunk = self.options["chunk_elements"] or _core.round_chunk_elements(elements)
+        options = self.options | {"chunk_elements": chunk}
+        return node.begin_encoded(np.empty(0, np.uint8), elements, weight=0.0, **options)
+
+    def _begin(self, node: Any) -> Any:
+        device = tn.device_of([*self.tensors, *(self.residual or [])])
+        if device is not None:
+            from decotrain import device as on_device
+
+            return on_device.begin(
+                node, device, self.tensors, self.weight, self.residual, self.options
+            )
+        buffers = [tn.readable(tensor, f"tensor {n}") for n, tensor in enumerate(self.tensors)]
+        if self.residual is None:
+            return node.begin(buffers, weight=self.weight, borrow=self.borrow, **self.options)
+        kept = [tn.writable(one, f"tensor {n} of residual") for n, one in enumerate(self.residual)]
+        work = node.begin(
+            buffers, weight=self.weight, residual=[buffer for buffer, _ in kept], **self.options
+        )
+        for _, bring in kept:
+            if bring is not None:
+                bring()
+        return work
