@@ -149,6 +149,7 @@ def test_levels_agree_on_foreign_bytes(seed: int, size: int, codec: str, mask: i
     for level in LEVELS:
         _core.set_simd(level)
         assert same(decode(codec, data, size), reference)
+        assert _core.codec_valid(codec, data, size) == (reference is not None)
 
 
 @settings(max_examples=60, deadline=None)
