@@ -177,6 +177,17 @@ def test_the_bits_of_the_cpu(
             assert crossed == device.encoded_bytes(name, 10_001, 2048)
 
 
+def on_the_wire(comm: Communicator, wanted_bytes: float) -> None:
+    """Waits until so much has gone out. Of each chunk one payload does: our contribution, or the
+    result when it is ours."""
+    patience = threading.Event()
+    for _ in range(int(WAIT_S / 0.005)):
+        if comm.figures()["bytes_out"] >= wanted_bytes:
+            return
+        patience.wait(0.005)
+    raise AssertionError("what has crossed is not on the wire")
+
+
 def test_chunks_are_on_the_wire_while_others_still_cross(
     bench: Bench, coordinator: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,14 +205,8 @@ def test_chunks_are_on_the_wire_while_others_still_cross(
         start = comm.figures()["bytes_out"]
 
         def hold(step: int) -> None:
-            # Of each chunk one payload goes out: our contribution, or the result when it is ours.
-            patience = threading.Event()
-            for _ in range(int(WAIT_S / 0.005)):
-                if comm.figures()["bytes_out"] - start >= step * step_bytes:
-                    steps.append(step)
-                    return
-                patience.wait(0.005)
-            raise AssertionError(f"step {step} waits, and what has crossed is not on the wire")
+            on_the_wire(comm, start + step * step_bytes)
+            steps.append(step)
 
         bench.stand_in.before_step = hold
         return comm.all_reduce(values(elements, 1), chunk_elements=chunk).wait(WAIT_S).digest
@@ -273,10 +278,15 @@ def test_a_device_that_fails_half_way_holds_nobody_up(
     if bench.real:
         pytest.skip("a real device cannot be made to fail")
     monkeypatch.setattr(device, "STEP_BYTES", 4 * 4096)
+    monkeypatch.setenv("DECOTRAIN_SHARED_MEMORY", "0")
 
     def failing(comm: Communicator) -> Any:
+        comm.collect(None, tag=1).wait(WAIT_S)  # the link is up
+        start = comm.figures()["bytes_out"]
+
         def fail(step: int) -> None:
             if step == 7:
+                on_the_wire(comm, start + 7 * 4 * 4096)
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         bench.stand_in.before_step = fail
@@ -288,17 +298,19 @@ def test_a_device_that_fails_half_way_holds_nobody_up(
         comm.collect(None, tag=1).wait(WAIT_S)
 
     def healthy(comm: Communicator) -> Any:
+        comm.collect(None, tag=1).wait(WAIT_S)
         work = comm.all_reduce(values(16 * 4096, 2), chunk_elements=4096)
         result = work.wait(WAIT_S)
         comm.collect(None, tag=1).wait(WAIT_S)
         own = values(16 * 4096, 2).split(4096)
         given = values(16 * 4096, 1) + values(16 * 4096, 3)  # with the residual
         mean = [(a + b) / 2 for a, b in zip(given.split(4096), own, strict=True)]
-        assert result.partial
-        return [
-            torch.equal(part, together) or torch.equal(part, alone)
-            for part, together, alone in zip(result.tensor.split(4096), mean, own, strict=True)
-        ] + [torch.equal(result.tensor.split(4096)[-1], own[-1])]
+        parts = result.tensor.split(4096)
+        # SKIP may overtake contributions on other streams: then they do not count.
+        crossed = zip(parts[:7], mean[:7], own[:7], strict=True)
+        good = [torch.equal(part, both) or torch.equal(part, one) for part, both, one in crossed]
+        rest = zip(parts[7:], own[7:], strict=True)
+        return good + [torch.equal(part, one) for part, one in rest]
 
     assert all(pair(bench, coordinator, failing, healthy)[1])
 
