@@ -55,13 +55,17 @@ void Impl::event(EventKind kind, const Round& round, PeerId peer, std::string de
   events.push_back({kind, round.tag, round.seq, peer, std::move(detail)});
 }
 
-bool Impl::may_begin(std::uint32_t tag) const {
+bool Impl::may_begin(std::uint32_t tag, std::uint8_t ahead) const {
   if (view.id == 0 || roles.self == kNoSlot) return false;
   const Tag* const of = find_tag(tag);
   if (of == nullptr) return true;
+  std::size_t open = 0;
   for (const auto& [seq, round] : of->rounds) {
-    if (seq < of->next) return false;
+    if (seq >= of->next) break;
+    if (!round.begun) return false;  // skipped: what follows is computed from its result
+    ++open;
   }
+  if (open > ahead) return false;
   return std::none_of(of->results.begin(), of->results.end(),
                       [](const auto& one) { return !one.second.begun; });
 }
@@ -75,7 +79,7 @@ std::uint64_t Impl::begin(BeginArgs args, double now) {
   if (args.spec.op == Op::collect && args.collect_bytes > args.spec.chunk_elements) {
     throw std::invalid_argument("more bytes than the collect round allows a peer");
   }
-  if (!may_begin(args.tag)) {
+  if (!may_begin(args.tag, args.spec.ahead)) {
     throw std::logic_error("no view, or an earlier round of the tag is open or not taken");
   }
   Tag& tag = tags[args.tag];
@@ -145,8 +149,8 @@ void Impl::end(Round& round, Outcome outcome) {
   round.settled = true;
   Tag& tag = tags[round.tag];
   if (outcome == Outcome::stable) {
-    tag.stable.push_back({round.seq, round.digest, round.state_digest, view.id});
-    if (tag.stable.size() > kStableKept) tag.stable.pop_front();
+    tag.ahead = std::max(tag.ahead, round.spec.ahead);
+    tag.remember({round.seq, round.digest, round.state_digest, view.id});
     const auto seq = static_cast<std::int64_t>(round.seq);
     if (seq != tag.run_last + 1) tag.run_first = seq;
     tag.run_last = seq;
@@ -163,8 +167,21 @@ void Impl::end(Round& round, Outcome outcome) {
     if (outcome == Outcome::stable) event(EventKind::stable, round, 0, "");
   }
   to_settle.emplace_back(round.tag, round.seq);
-  const auto next = tag.rounds.find(round.seq + 1);
+  const auto next = tag.rounds.upper_bound(round.seq);
   if (next != tag.rounds.end()) check_stable(next->second);
+}
+
+void Tag::remember(const StableRound& round) {
+  // A plan names the last stable round before those before it have ended here.
+  const auto at =
+      std::lower_bound(stable.begin(), stable.end(), round.seq,
+                       [](const StableRound& one, std::uint64_t seq) { return one.seq < seq; });
+  if (at != stable.end() && at->seq == round.seq) {
+    *at = round;
+  } else {
+    stable.insert(at, round);
+  }
+  if (stable.size() > std::max(kStableKept, 1 + kept())) stable.pop_front();
 }
 
 // What a result that nobody has taken costs.
@@ -186,16 +203,18 @@ void Impl::settle_all() {
     round.parked.clear();
     // Who lacks results of it: observers, and whom the plan told that it is stable.
     const bool wanted = round.stable_by_plan || (roles.all & ~roles.active) != 0;
-    if (round.complete && wanted) tag.closed = std::move(round);
+    if (round.complete && wanted) tag.closed.insert_or_assign(seq, std::move(round));
+    while (tag.closed.size() > tag.kept()) tag.closed.erase(tag.closed.begin());
     tag.rounds.erase(found);
+    // A plan may end as many rounds at once as can be open.
+    const std::size_t most = std::max(options.missed_rounds, tag.kept());
     std::size_t missed = 0, missed_bytes = 0;
     for (const auto& [number, result] : tag.results) {
       if (result.begun) continue;
       ++missed;
       missed_bytes += bytes_of(result);
     }
-    for (auto one = tag.results.begin();
-         missed > options.missed_rounds && missed_bytes > options.missed_bytes;) {
+    for (auto one = tag.results.begin(); missed > most && missed_bytes > options.missed_bytes;) {
       if (one->second.begun) {
         ++one;
         continue;
@@ -252,7 +271,9 @@ void Engine::abandon(std::uint32_t tag, std::uint64_t seq, double now) {
   impl_->settle_all();
 }
 
-bool Engine::may_begin(std::uint32_t tag) const { return impl_->may_begin(tag); }
+bool Engine::may_begin(std::uint32_t tag, std::uint8_t ahead) const {
+  return impl_->may_begin(tag, ahead);
+}
 
 std::uint64_t Engine::next(std::uint32_t tag) const {
   const Tag* const of = impl_->find_tag(tag);

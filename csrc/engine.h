@@ -163,6 +163,7 @@ struct RoundPlan {
   RoundSpec spec;
   bool stable = false;  // some report calls it stable: complete as soon as all values are here
   std::vector<ChunkPlan> chunks;
+  std::uint64_t digest = 0;  // of a stable round, from who has returned it; 0: not known
 };
 struct TagPlan {
   std::uint32_t tag = 0;
@@ -206,8 +207,9 @@ class Engine {
   // The next round of the tag; returns its sequence number. While frozen only the snapshot is
   // taken. An observer's round contributes nothing and yields the others' result.
   std::uint64_t begin(BeginArgs args, double now);
-  // False while a view is lacking, the tag's last round is open, or missed results are not taken.
-  bool may_begin(std::uint32_t tag) const;
+  // False while a view is lacking, more than `ahead` rounds of ours or one that we skip are open,
+  // or missed results are not taken.
+  bool may_begin(std::uint32_t tag, std::uint8_t ahead = 0) const;
   // The number `begin` would give: who holds the state after round next - 1 may begin.
   std::uint64_t next(std::uint32_t tag) const;
   // Of a round begun with a snapshot that was not whole: so many of its chunks are there now.

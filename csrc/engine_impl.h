@@ -5,7 +5,6 @@
 #include <array>
 #include <deque>
 #include <map>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -14,7 +13,7 @@
 
 namespace decotrain {
 
-constexpr std::size_t kStableKept = 4;     // digests of stable rounds remembered, of each tag
+constexpr std::size_t kStableKept = 4;     // digests of stable rounds remembered, at least
 constexpr std::uint8_t kCorruptAsked = 3;  // times a payload with a wrong digest is asked for again
 constexpr std::size_t kParkedOverhead = 256;  // what a parked frame costs beside its payload
 
@@ -34,9 +33,13 @@ struct Tag {
   std::map<std::uint64_t, Round> rounds;
   std::map<std::uint64_t, RoundResult> results;  // settled, not taken
   std::deque<StableRound> stable;                // newest last
-  // The last stable round of this view, for observers that have not got all its results.
-  std::optional<Round> closed;
+  std::uint8_t ahead = 0;                        // most that a round of it was begun with
+  // The last stable rounds of this view, for observers that have not got all their results.
+  std::map<std::uint64_t, Round> closed;
 
+  // As many may be open at another peer when the newest is settled here.
+  std::size_t kept() const { return std::size_t{1} + ahead; }
+  void remember(const StableRound& round);
   std::int64_t covered() const {
     return run_first <= applied + 1 && run_last > applied ? run_last : applied;
   }
@@ -77,7 +80,7 @@ struct Engine::Impl {
   Tag* find_tag(std::uint32_t tag);
   const Tag* find_tag(std::uint32_t tag) const;
   Round* find_round(std::uint32_t tag, std::uint64_t seq);
-  bool may_begin(std::uint32_t tag) const;
+  bool may_begin(std::uint32_t tag, std::uint8_t ahead) const;
   void end(Round& round, Outcome outcome);
   void adopt_roles();
   const Member* member(PeerId peer) const;
@@ -89,6 +92,7 @@ struct Engine::Impl {
   void deliver(Round& round, const Member& from, const Header& header, Incoming& incoming,
                double now);
   Round* hear(std::uint32_t tag, std::uint64_t seq, const char** why);
+  bool follow(Tag& tag, std::uint64_t seq, std::uint8_t ahead);
   Incoming park_header(Round& round, const Header& header);
   void park(Round& round, PeerId from, const Header& header, Incoming incoming);
   void replay(Round& round, double now);
@@ -141,11 +145,12 @@ struct Engine::Impl {
   Report freeze(FreezeId id);
   bool install(const Install& plan, double now);
   void install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool reported);
-  void install_round(const RoundPlan& plan, const TagPlan& tag_plan);
+  void install_round(const RoundPlan& plan);
   bool install_chunk(Round& round, std::uint32_t chunk, const ChunkPlan& plan);
   void install_unplanned(Round& round, const TagPlan& plan);
   static void remember_stable(Tag& tag, const TagPlan& plan);
-  void adopt_role(Round& round, bool was_active);
+  void drop_stray(Tag& tag, std::int64_t stable);
+  void adopt_role(Round& round, bool was_active, bool next);
   void resume(Round& round, double now);
   void leave_all();
 

@@ -274,7 +274,7 @@ void Node::abandon(const std::shared_ptr<Work>& work) {
   });
 }
 
-// A round waits while there is no view, or while the tag's last one is open. When results were
+// A round waits while there is no view, or while too many of the tag are open. When results were
 // missed the caller must take them first: it is told so, because it cannot know.
 void Node::start_waiting(double now) {
   for (auto it = waiting_.begin(); it != waiting_.end();) {
@@ -282,7 +282,7 @@ void Node::start_waiting(double now) {
     Waiting& next = it->second;
     if (!engine_.missed(tag).empty()) {
       next.work->complete(nullptr);
-    } else if (!engine_.may_begin(tag)) {
+    } else if (!engine_.may_begin(tag, next.args.spec.ahead)) {
       it = waiting_.upper_bound(tag);
       continue;
     } else {

@@ -2,6 +2,7 @@
 //
 // Every check is made twice where a payload lies between: the view, the round and the chunk may
 // have moved on while the bytes came in.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 
@@ -105,7 +106,21 @@ void Impl::on_payload(PeerId from, const Header& header, Incoming incoming, doub
   }
 }
 
-// The round a frame speaks of, if frames of it can matter now: open, or the next of its tag.
+namespace {
+
+// Rounds that opened by themselves keep their numbers for our caller; the next one may begin.
+std::uint64_t first_not_open(const Tag& tag) {
+  std::uint64_t seq = tag.next;
+  for (auto one = tag.rounds.find(seq); one != tag.rounds.end(); one = tag.rounds.find(++seq)) {
+    if (!one->second.open) break;
+  }
+  return seq;
+}
+
+}  // namespace
+
+// The round a frame speaks of, if frames of it can matter now: open, or one of the next of its tag.
+// How many may be begun before the next one is stable is only known with its specification.
 Round* Impl::hear(std::uint32_t tag_id, std::uint64_t seq, const char** why) {
   Tag& tag = tags[tag_id];
   const auto found = tag.rounds.find(seq);
@@ -113,11 +128,7 @@ Round* Impl::hear(std::uint32_t tag_id, std::uint64_t seq, const char** why) {
     *why = "the round is settled";
     return found->second.settled ? nullptr : &found->second;
   }
-  // A round that opened by itself keeps its number for our caller; the next one may begin.
-  const auto current = tag.rounds.find(tag.next);
-  const std::uint64_t last =
-      current != tag.rounds.end() && current->second.open ? tag.next + 1 : tag.next;
-  if (seq < tag.next || seq > last) {
+  if (seq < tag.next || seq > first_not_open(tag) + kMaxAhead) {
     *why = seq < tag.next ? "the round is settled" : "the round is too far ahead";
     return nullptr;
   }
@@ -300,24 +311,36 @@ void Impl::take_done(Round& round, const Member& from, const Header& header) {
   check_stable(round);
 }
 
-// Frames that say "I have begun": an observer follows, and forgets rounds the others have left.
+// An observer forgets rounds the others have left: who begins a round has the results of all before
+// it but `ahead`. True when it has to, to hear of this one.
+bool Impl::follow(Tag& tag, std::uint64_t seq, std::uint8_t ahead) {
+  if (roles.self_active()) return false;
+  // Its sender still serves the last that are stable, as many as may be open.
+  const std::uint64_t oldest = seq - std::min(seq, std::uint64_t{1} + ahead);
+  const auto last = std::find_if(tag.rounds.begin(), tag.rounds.end(),
+                                 [](const auto& one) { return !one.second.settled; });
+  const std::uint64_t here = last == tag.rounds.end() ? tag.next : last->first;
+  if (std::min(here, tag.next) >= oldest) return false;
+  for (auto& [number, round] : tag.rounds) {
+    if (number < oldest) end(round, Outcome::lost);
+  }
+  std::uint64_t next = seq;
+  for (auto& [number, round] : tag.rounds) {
+    if (number >= tag.next && number < next && !round.settled && !round.begun) next = number;
+  }
+  tag.next = next;
+  return true;
+}
+
+// Frames that say "I have begun": an observer takes part by itself.
 Round* Impl::heard_of(const Member& from, const Header& header, const RoundSpec& spec, double now) {
   Tag& tag = tags[header.tag];
   const char* why = "";
-  Round* round = hear(header.tag, header.seq, &why);
-  if (round == nullptr && header.seq > tag.next && !roles.self_active()) {
-    for (auto& [seq, old] : tag.rounds) {
-      if (seq + 1 < header.seq) end(old, Outcome::lost);
-    }
-    const auto previous = tag.rounds.find(header.seq - 1);
-    const bool kept = previous != tag.rounds.end() && !previous->second.begun;
-    tag.next = kept ? header.seq - 1 : header.seq;
-    round = &tag.rounds[header.seq];
-    round->tag = header.tag;
-    round->seq = header.seq;
-    round->parked_lost = true;  // frames of it may have been dropped as too far ahead
-  }
+  const bool skipped = follow(tag, header.seq, spec.ahead);
+  Round* const round = hear(header.tag, header.seq, &why);
   if (round == nullptr) return nullptr;
+  // Frames of it may have been dropped as too far ahead.
+  round->parked_lost = round->parked_lost || (skipped && !round->open);
   if (round->known && round->spec_digest != decotrain::spec_digest(spec)) {
     same_spec(*round, from, header);
     return nullptr;
@@ -383,9 +406,10 @@ void Impl::take_have(const Member& from, const Header& header, const Incoming& i
 void Impl::answer_closed(const Member& from, const Header& header) {
   Tag& tag = tags[header.tag];
   say(from.slot, {.type = FrameType::done, .tag = header.tag, .seq = header.seq});
-  if (!tag.closed || tag.closed->seq != header.seq) return;
-  tag.closed->opened |= bit(from.slot);
-  offer_all(*tag.closed, from.slot);
+  const auto closed = tag.closed.find(header.seq);
+  if (closed == tag.closed.end()) return;
+  closed->second.opened |= bit(from.slot);
+  offer_all(closed->second, from.slot);
 }
 
 }  // namespace decotrain

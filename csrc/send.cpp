@@ -117,9 +117,10 @@ bool Impl::make_frame(const Member& to, const Outgoing& what, OutFrame& frame) {
     if (what.type == FrameType::done) return make_old_done(what, frame);
     Tag* const tag = find_tag(what.tag);
     const bool useful = what.type == FrameType::result || what.type == FrameType::open;
-    if (!useful || tag == nullptr || !tag->closed) return false;
-    if (tag->closed->seq != what.seq) return false;
-    round = &*tag->closed;
+    if (!useful || tag == nullptr) return false;
+    const auto closed = tag->closed.find(what.seq);
+    if (closed == tag->closed.end()) return false;
+    round = &closed->second;
   }
   frame.header.spec_digest = round->spec_digest;
   if (what.type == FrameType::result || (what.type == FrameType::contribution && !what.skip)) {
@@ -197,14 +198,15 @@ bool Impl::make_control(const Member& to, const Outgoing& what, Round& round, Ou
   return true;
 }
 
-// Both sides say what they hold of every open round, and the last DONE of each tag, whose round
+// Both sides say what they hold of every open round, and the last DONEs of each tag, whose rounds
 // may be closed here and open there.
 void Impl::on_link_reset(PeerId peer) {
   const Member* const other = member(peer);
   if (other == nullptr || frozen || peer == self) return;
   for (auto& [id, tag] : tags) {
-    if (!tag.stable.empty() && tag.stable.back().view == view.id) {
-      say(other->slot, {.type = FrameType::done, .tag = id, .seq = tag.stable.back().seq});
+    for (const StableRound& one : tag.stable) {
+      if (one.view != view.id || one.seq + tag.kept() <= tag.stable.back().seq) continue;
+      say(other->slot, {.type = FrameType::done, .tag = id, .seq = one.seq});
     }
     for (auto& [seq, round] : tag.rounds) {
       if (round.settled) continue;

@@ -23,6 +23,7 @@ constexpr std::uint32_t kMaxChunks = 1 << 16;                  // of one round
 constexpr std::size_t kMaxChunkBytes = std::size_t{64} << 20;  // encoded
 constexpr std::size_t kEagerBytes = 64 << 10;  // rounds up to this size do not wait for OPEN
 constexpr std::uint32_t kMaxTags = 4096;
+constexpr std::uint8_t kMaxAhead = 15;  // rounds of one tag open before the newest
 
 struct Member {
   PeerId peer = 0;
@@ -47,6 +48,7 @@ struct RoundSpec {
   float rule_parameter = 0.0f;
   std::uint64_t elements = 0;        // collect: 0, each peer's bytes are one chunk
   std::uint32_t chunk_elements = 0;  // collect: the bound on one peer's bytes
+  std::uint8_t ahead = 0;            // rounds before it that may be open when it is begun
   bool operator==(const RoundSpec&) const = default;
 };
 

@@ -73,7 +73,7 @@ void check(const Install& plan) {
     require(tag != tags.end() && round.seq < kMaxSeq, "a bad round");
     const auto seq = static_cast<std::int64_t>(round.seq);
     require(round.stable == (seq <= tag->second), "a round and its tag disagree");
-    require(seq <= tag->second + 2, "a round is too far ahead");
+    require(seq <= tag->second + 2 + round.spec.ahead, "a round is too far ahead");
     require(rounds.insert({round.tag, round.seq}).second, "a round is named twice");
     require(*fault(round.spec) == '\0', fault(round.spec));
     require(round.chunks.size() == chunk_count(round.spec), "a wrong number of chunks");
@@ -95,7 +95,7 @@ Report Impl::freeze(FreezeId id) {
       for (std::deque<Outgoing>* of : {&queue.control, &queue.results, &queue.contributions}) {
         std::erase_if(*of, [this](const Outgoing& what) {
           const Tag* const tag = find_tag(what.tag);
-          return tag == nullptr || !tag->closed || tag->closed->seq != what.seq;
+          return tag == nullptr || tag->closed.count(what.seq) == 0;
         });
       }
     }
@@ -166,17 +166,19 @@ bool Impl::install(const Install& plan, double now) {
     const TagPlan tag_plan = found == tag_plans.end() ? TagPlan{id, -1, 0} : found->second;
     tag_plans[id] = tag_plan;
     install_tag(id, tag, tag_plan, (plan.reported & bit(roles.self)) != 0);
+    drop_stray(tag, tag_plan.stable);
+    settle_all();
     for (auto& [seq, round] : tag.rounds) {
       if (planned.count({id, seq}) == 0) install_unplanned(round, tag_plan);
     }
   }
-  for (const RoundPlan& one : plan.rounds) install_round(one, tag_plans[one.tag]);
+  for (const RoundPlan& one : plan.rounds) install_round(one);
   settle_all();
   for (auto& [id, tag] : tags) {
     tag.next = static_cast<std::uint64_t>(tag_plans[id].stable + 1);
     remember_stable(tag, tag_plans[id]);
     for (auto& [seq, round] : tag.rounds) {
-      adopt_role(round, was_active);
+      adopt_role(round, was_active, seq <= tag.next);
       if (round.begun || round.skips) tag.next = std::max(tag.next, seq + 1);
     }
     for (auto& [seq, round] : tag.rounds) resume(round, now);
@@ -187,7 +189,7 @@ bool Impl::install(const Install& plan, double now) {
 // Our own history against the plan's: having returned a round that the others redo, or with other
 // bits, makes our branch void (V11).
 void Impl::install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool reported) {
-  tag.closed.reset();
+  tag.closed.clear();
   if (tag.stable.empty()) return;
   const StableRound& last = tag.stable.back();
   const auto seq = static_cast<std::int64_t>(last.seq);
@@ -221,16 +223,28 @@ void Impl::remember_stable(Tag& tag, const TagPlan& plan) {
   if (plan.stable < 0) return;
   const auto seq = static_cast<std::uint64_t>(plan.stable);
   if (!tag.stable.empty() && tag.stable.back().seq >= seq) return;
-  tag.stable.push_back({seq, plan.digest, 0, 0});
-  if (tag.stable.size() > kStableKept) tag.stable.pop_front();
+  tag.remember({seq, plan.digest, 0, 0});
+}
+
+// What we have begun goes on only where it follows, without a gap, on the last stable round: other
+// numbers are of a branch that is void.
+void Impl::drop_stray(Tag& tag, std::int64_t stable) {
+  auto following = static_cast<std::uint64_t>(stable + 1);
+  for (auto& [seq, round] : tag.rounds) {
+    if (!round.begun || static_cast<std::int64_t>(seq) <= stable) continue;
+    if (seq == following) {
+      ++following;
+    } else {
+      end(round, Outcome::lost);
+    }
+  }
 }
 
 // A round of ours that the plan does not name: settled by the others, or still to be run.
 void Impl::install_unplanned(Round& round, const TagPlan& plan) {
   const auto seq = static_cast<std::int64_t>(round.seq);
-  // Only the round after the last stable one can be begun now. A higher number is of a branch that
-  // is void.
-  if (seq != plan.stable + 1) {
+  // Only rounds right after the last stable one can be begun now.
+  if (seq <= plan.stable || seq > plan.stable + 1 + round.spec.ahead) {
     const bool proven = round.complete && seq == plan.stable && round.digest == plan.digest;
     end(round, proven ? Outcome::stable : Outcome::lost);
     return;
@@ -249,7 +263,7 @@ void Impl::install_unplanned(Round& round, const TagPlan& plan) {
   round.results.reset();  // whoever still writes to it keeps it
 }
 
-void Impl::install_round(const RoundPlan& plan, const TagPlan& tag_plan) {
+void Impl::install_round(const RoundPlan& plan) {
   Tag& tag = tags[plan.tag];
   const auto seq = static_cast<std::int64_t>(plan.seq);
   if (seq >= tag.run_first && seq <= tag.run_last) return;  // stable and in our hands
@@ -274,12 +288,12 @@ void Impl::install_round(const RoundPlan& plan, const TagPlan& tag_plan) {
   }
   round.planned = true;
   round.stable_by_plan = plan.stable;
-  round.plan_digest = tag_plan.digest;
+  round.plan_digest = plan.digest;
   round.complete = false;
   round.peers = names;
   // Values of a stable round count only with its digest: a report may hold values of a branch that
   // was redone and closed since.
-  bool possible = !plan.stable || (seq == tag_plan.stable && tag_plan.digest != 0);
+  bool possible = !plan.stable || plan.digest != 0;
   for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
     possible = install_chunk(round, c, plan.chunks[c]) && possible;
   }
@@ -334,16 +348,22 @@ bool Impl::install_chunk(Round& round, std::uint32_t c, const ChunkPlan& plan) {
   return true;
 }
 
-// A newly active peer has not computed from the view's state: it skips what is open (V5).
-void Impl::adopt_role(Round& round, bool was_active) {
+// A newly active peer has not computed from the view's state: it skips what is open (V5), up to the
+// first round that nobody alive knows. It begins that one, and then those after it.
+void Impl::adopt_role(Round& round, bool was_active, bool next) {
   if (!roles.self_active()) {
     round.contributes = false;
     round.skips = false;
     round.state_digest = 0;
-  } else if (!was_active) {
+    return;
+  }
+  if (!was_active) {
     round.contributes = false;
     round.state_digest = 0;
-    round.skips = round.planned || round.begun;
+  }
+  // What was skipped and not begun may have a gap before it now.
+  if (!was_active || (round.skips && !round.begun)) {
+    round.skips = (round.planned || round.begun) && next;
   }
 }
 
@@ -366,7 +386,7 @@ void Impl::resume(Round& round, double now) {
 
 void Impl::leave_all() {
   for (auto& [id, tag] : tags) {
-    tag.closed.reset();
+    tag.closed.clear();
     for (auto& [seq, round] : tag.rounds) end(round, Outcome::left);
   }
 }

@@ -162,6 +162,7 @@ std::array<std::byte, kSpecBytes> pack(const RoundSpec& spec) {
   put(p + 4, std::bit_cast<std::uint32_t>(spec.rule_parameter));
   put(p + 8, spec.elements);
   put(p + 16, spec.chunk_elements);
+  put(p + 20, spec.ahead);
   return out;
 }
 
@@ -173,7 +174,8 @@ std::optional<RoundSpec> unpack_spec(std::span<const std::byte> bytes) {
   const auto contribution = get<std::uint8_t>(p + 2);
   const auto result = get<std::uint8_t>(p + 3);
   if (op > static_cast<std::uint8_t>(Op::collect) || rule >= kRuleCount ||
-      contribution >= kCodecCount || result >= kCodecCount || get<std::uint32_t>(p + 20) != 0) {
+      contribution >= kCodecCount || result >= kCodecCount ||
+      get<std::uint32_t>(p + 20) > kMaxAhead) {
     return std::nullopt;
   }
   RoundSpec spec;
@@ -184,6 +186,7 @@ std::optional<RoundSpec> unpack_spec(std::span<const std::byte> bytes) {
   spec.rule_parameter = std::bit_cast<float>(get<std::uint32_t>(p + 4));
   spec.elements = get<std::uint64_t>(p + 8);
   spec.chunk_elements = get<std::uint32_t>(p + 16);
+  spec.ahead = get<std::uint8_t>(p + 20);
   if (*fault(spec) != '\0') return std::nullopt;
   return spec;
 }
@@ -191,6 +194,7 @@ std::optional<RoundSpec> unpack_spec(std::span<const std::byte> bytes) {
 const char* fault(const RoundSpec& spec) {
   if (!std::isfinite(spec.rule_parameter)) return "the rule's parameter is not finite";
   if (spec.chunk_elements == 0) return "chunks have no elements";
+  if (spec.ahead > kMaxAhead) return "too many rounds ahead";
   if (spec.op == Op::collect) {
     if (spec.elements != 0) return "a collect round names elements";
     if (spec.chunk_elements > kMaxChunkBytes) return "a peer's bytes exceed the largest chunk";

@@ -182,11 +182,15 @@ class Communicator:
 
         return self._begin(tag, begin, places)
 
-    def collect(self, data: bytes | None, *, tag: int = 0, max_bytes: int = 1 << 16) -> Work:
-        """Every peer's bytes, by slot (`Result.parts`). None contributes nothing."""
+    def collect(
+        self, data: bytes | None, *, tag: int = 0, max_bytes: int = 1 << 16, ahead: int = 0
+    ) -> Work:
+        """Every peer's bytes, by slot (`Result.parts`). None contributes nothing. With `ahead`, the
+        same on all peers, so many earlier rounds of the tag may be open when this one begins."""
         if data is not None and len(data) > max_bytes:
             raise RoundError(f"{len(data)} bytes to collect, the bound is max_bytes={max_bytes}")
-        return self._begin(tag, lambda node: node.collect(data, tag=tag, max_bytes=max_bytes), None)
+        options = {"tag": tag, "max_bytes": max_bytes, "ahead": ahead}
+        return self._begin(tag, lambda node: node.collect(data, **options), None)
 
     def broadcast(self, tensors: Tensors, *, root: int | None = None, tag: int = 0) -> Work:
         """Every peer gets the bits of peer id `root` (None: of the lowest slot that is active)."""
@@ -247,15 +251,9 @@ class Communicator:
         """What the core holds, in the caller's tensors: zeros where nobody contributed."""
         if held.outcome != "stable":
             return self._lost(held.tag)
-        result = Result(
-            tag=held.tag,
-            seq=held.seq,
-            outcome="stable",
-            contributors=tuple(held.contributors),
-            partial=held.partial,
-            digest=held.digest,
-            begun=held.begun,
-        )
+        contributors = tuple(held.contributors)
+        result = Result(held.tag, held.seq, "stable", contributors, held.partial, held.digest)
+        result.begun = held.begun
         if held.elements == 0:
             result.parts = dict(held.parts())
         else:

@@ -175,8 +175,9 @@ class SharedState:
                     if step.do == "apply" and apply is not None:
                         self._apply(fragment, held, apply)
                     continue
-                if self._fetch(tag, fragment):
-                    continue
+                before = -1 if self.versions.void[tag] else fragment.version
+                if self._fetch(tag, fragment) and fragment.version > before:
+                    continue  # else whoever served us has not applied its last results yet
             if not wait:
                 break
             if time.monotonic() >= deadline_s:

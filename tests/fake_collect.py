@@ -114,7 +114,9 @@ class CollectComm:
             self.next_seq = max(self.next_seq, self.held)
             return self.held
 
-    def collect(self, data: bytes | None, *, tag: int, max_bytes: int) -> CollectWork:
+    def collect(
+        self, data: bytes | None, *, tag: int, max_bytes: int, ahead: int = 0
+    ) -> CollectWork:
         run = self.run
         with run.changed:
             seq, self.next_seq = self.next_seq, self.next_seq + 1

@@ -25,7 +25,7 @@ from tests.spsa_peer import make_model
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 100.0
 LEVELS = ["avx512", "scalar", "avx2"]
-OPTIONS = {"lr": 1e-2, "samples": 4, "weight_decay": 0.01, "staleness": 1}
+OPTIONS = {"lr": 1e-2, "samples": 4, "weight_decay": 0.01, "staleness": 2}
 
 
 class Fleet:

@@ -11,7 +11,8 @@ from decotrain.control import client
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.errors import ConfigError
-from decotrain.train.job import overruled, shared_by
+from decotrain.train.asked import overruled, shared_by
+from decotrain.train.settings import SHARED
 from tests.local_runs import running
 
 pytestmark = pytest.mark.timeout(300)  # many processes that import torch
@@ -70,20 +71,20 @@ def test_who_asks_for_something_else_is_told_what_holds() -> None:
         "seed": 1,
     }
     named = ["model=small", "outer.sync_every=7", "seed=1", "steps=20", "join=x"]
-    assert overruled(named, asked | {"steps": 20}, run) == [
+    assert overruled(named, asked | {"steps": 20}, run, SHARED) == [
         "model.width=16 holds here, as the run has it, and not 64",
         "outer.sync_every=5 holds here, as the run has it, and not 7",
     ]
-    assert overruled(["name=mine"], asked | {"name": "mine"}, {"name": "ours"}) == [
+    assert overruled(["name=mine"], asked | {"name": "mine"}, {"name": "ours"}, SHARED) == [
         "name=ours holds here, as the run has it, and not mine"
     ]
-    assert overruled([], asked, run) == []
+    assert overruled([], asked, run, SHARED) == []
 
 
 def test_a_run_of_something_else_is_named(run_dir: Path) -> None:
     server = ServerThread(Options(run="other", config={"model": {"width": 1}}))
     try:
         with pytest.raises(ConfigError, match=r"not one of `decotrain train`.*no outer, codec"):
-            shared_by(server.address)
+            shared_by(server.address, SHARED, "train")
     finally:
         server.stop()

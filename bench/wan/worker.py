@@ -131,7 +131,8 @@ def steps(ours: Ours, task: dict[str, Any]) -> dict[str, Any]:
     for number in range(task["calls"] + task["ahead"]):
         if number < task["calls"]:
             data = dice.randbytes(task["bytes"])
-            under_way.append(node.collect(data, tag=1, max_bytes=task["bytes"]))
+            work = node.collect(data, tag=1, max_bytes=task["bytes"], ahead=task["ahead"])
+            under_way.append(work)
         if number >= task["ahead"]:
             work = under_way.popleft()
             if not work.wait(WAIT_S) or len(work.result().parts()) != ours.peers:

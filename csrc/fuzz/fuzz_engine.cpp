@@ -40,12 +40,12 @@ RoundSpec spec_of(std::uint32_t tag) {
   RoundSpec spec;
   if (tag == 0) spec.elements = 5, spec.chunk_elements = 2;         // eager
   if (tag == 1) spec.elements = 40000, spec.chunk_elements = 9000;  // waits for OPEN
-  if (tag == 2) spec.op = Op::collect, spec.chunk_elements = 64;
+  if (tag == 2) spec.op = Op::collect, spec.chunk_elements = 64, spec.ahead = 2;
   return spec;
 }
 
 void begin_round(Engine& engine, std::uint32_t tag) {
-  if (!engine.may_begin(tag)) return;
+  if (!engine.may_begin(tag, spec_of(tag).ahead)) return;
   BeginArgs args;
   args.tag = tag;
   args.spec = spec_of(tag);

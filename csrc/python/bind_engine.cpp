@@ -207,14 +207,18 @@ nb::list events(Engine& engine) {
 
 nb::bytes pack_spec(std::uint8_t op, std::uint8_t rule, std::uint8_t contribution,
                     std::uint8_t result, float rule_parameter, std::uint64_t elements,
-                    std::uint32_t chunk_elements_each) {
+                    std::uint32_t chunk_elements_each, std::uint8_t ahead) {
   if (op > 2 || rule >= kRuleCount || contribution >= kCodecCount || result >= kCodecCount) {
     throw nb::value_error("operation, rule or codec out of range");
   }
-  RoundSpec spec{
-      static_cast<Op>(op),        static_cast<Rule>(rule), static_cast<Codec>(contribution),
-      static_cast<Codec>(result), rule_parameter,          elements,
-      chunk_elements_each};
+  RoundSpec spec{static_cast<Op>(op),
+                 static_cast<Rule>(rule),
+                 static_cast<Codec>(contribution),
+                 static_cast<Codec>(result),
+                 rule_parameter,
+                 elements,
+                 chunk_elements_each,
+                 ahead};
   if (const char* why = fault(spec); *why != '\0') throw nb::value_error(why);
   const auto bytes = pack(spec);
   return to_bytes(bytes.data(), bytes.size());
@@ -246,7 +250,7 @@ void bind_engine(nb::module_& m) {
   using namespace decotrain;
   bind_results(m);
   m.def("pack_spec", &pack_spec, "op"_a = 0, "rule"_a = 0, "contribution"_a = 0, "result"_a = 0,
-        "rule_parameter"_a = 0.0f, "elements"_a = 0, "chunk_elements"_a = 262144);
+        "rule_parameter"_a = 0.0f, "elements"_a = 0, "chunk_elements"_a = 262144, "ahead"_a = 0);
   m.def("digest", [](const nb::bytes& bytes) { return digest(view_of(bytes)); }, "data"_a);
   nb::class_<Engine>(m, "Engine")
       .def(
@@ -263,7 +267,7 @@ void bind_engine(nb::module_& m) {
       .def("begin", &begin, "tag"_a, "spec"_a, "data"_a.none(), "weight"_a = 1.0,
            "state_digest"_a = 0, "encoded"_a = true, "now"_a = 0.0,
            "Copies `data` and begins the tag's next round; None contributes nothing.")
-      .def("may_begin", &Engine::may_begin, "tag"_a)
+      .def("may_begin", &Engine::may_begin, "tag"_a, "ahead"_a = 0)
       .def("next", &Engine::next, "tag"_a)
       .def("ready", &Engine::ready, "tag"_a, "seq"_a)
       .def("take_result", &Engine::take_result, "tag"_a, "seq"_a)

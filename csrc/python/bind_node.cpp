@@ -126,12 +126,15 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
 }
 
 std::shared_ptr<Work> collect(Node& node, const std::optional<nb::bytes>& data, std::uint32_t tag,
-                              std::uint32_t max_bytes, std::uint64_t state_digest) {
+                              std::uint32_t max_bytes, std::uint64_t state_digest,
+                              std::uint8_t ahead) {
   if (data && data->size() > max_bytes) throw nb::value_error("more bytes than max_bytes");
   BeginArgs args;
   args.tag = tag;
   args.spec.op = Op::collect;
   args.spec.chunk_elements = max_bytes;
+  args.spec.ahead = ahead;
+  if (const char* why = fault(args.spec); *why != '\0') throw nb::value_error(why);
   args.state_digest = state_digest;
   args.weight = data ? 1.0 : 0.0;
   if (data) {
@@ -397,7 +400,7 @@ void bind_node(nb::module_& m) {
            "rule_parameter"_a = 0.0f, "chunk_elements"_a = nb::none(),
            "Begins the tag's next round with the buffers as one flat space; returns at once.")
       .def("collect", &collect, "data"_a.none(), nb::kw_only(), "tag"_a = 0,
-           "max_bytes"_a = 1 << 16, "state_digest"_a = 0)
+           "max_bytes"_a = 1 << 16, "state_digest"_a = 0, "ahead"_a = 0)
       .def("missed", &Node::missed, "tag"_a, Guard())
       .def(
           "take_missed",

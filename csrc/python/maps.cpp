@@ -87,6 +87,7 @@ RoundPlan round_from_map(const nb::dict& map) {
   plan.tag = number<std::uint32_t>(map, "tag");
   plan.seq = number<std::uint64_t>(map, "seq");
   plan.stable = number<bool>(map, "stable");
+  plan.digest = number<std::uint64_t>(map, "round_digest");
   const nb::bytes packed = blob(map, "spec");
   const auto spec =
       unpack_spec({reinterpret_cast<const std::byte*>(packed.c_str()), packed.size()});

@@ -26,6 +26,10 @@ WorldOptions options_of(std::uint32_t seed) {
     options.elements = 5;
     options.chunk_elements = 64;
   }
+  if (seed % 11 < 5) {
+    options.ahead = static_cast<std::uint8_t>(1 + seed % 3);
+    options.rounds = 9;
+  }
   if (seed % 5 == 0) {
     options.engine.grace_s = 0.05;
     options.engine.quorum = 0.5;

@@ -219,6 +219,42 @@ TEST_CASE("a round follows a round, and begin keeps its order") {
   }
 }
 
+TEST_CASE("a round may be begun before the one it follows has ended, and they end in order") {
+  Group group(3);
+  RoundSpec spec = spec_for(Op::sum, 10, 64);
+  spec.ahead = 2;
+  for (std::uint64_t seq = 0; seq < 3; ++seq) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      CHECK(group.begin(i, spec, std::vector<float>(10, 1.0f)) == seq);
+    }
+  }
+  CHECK_FALSE(group.engines[0]->may_begin(0, 2));
+  CHECK(group.engines[0]->may_begin(0, 3));
+  group.pump();  // the third peer keeps what comes early
+  for (std::uint64_t seq = 0; seq < 3; ++seq) {
+    CHECK_FALSE(group.engines[0]->ready(0, seq));
+    group.begin(2, spec, std::vector<float>(10, 1.0f));
+  }
+  // Round 0 lacks a DONE: rounds 1 and 2 are complete and have to wait for it.
+  group.lost = [](std::size_t from, const Header& header) {
+    return from == 2 && header.type == FrameType::done && header.seq == 0;
+  };
+  group.pump();
+  for (std::uint64_t seq = 0; seq < 3; ++seq) {
+    CHECK_FALSE(group.engines[0]->ready(0, seq));
+    CHECK(decoded(group.engines[2]->take_result(0, seq)) == std::vector<float>(10, 3.0f));
+  }
+  group.lost = nullptr;
+  for (std::size_t i = 0; i < 2; ++i) {
+    group.engines[i]->on_link_reset(102, 0.0);
+    group.engines[2]->on_link_reset(100 + i, 0.0);
+  }
+  group.pump();
+  for (std::uint64_t seq = 0; seq < 3; ++seq) {
+    CHECK(decoded(group.engines[0]->take_result(0, seq)) == std::vector<float>(10, 3.0f));
+  }
+}
+
 // All results since round 0 are worth nothing without what round 0 goes on from (seed 60808).
 TEST_CASE("results cover a tag whose state is at version 0, not one whose state is void") {
   for (const std::int64_t declared : {-1, -2}) {

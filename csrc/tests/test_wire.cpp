@@ -106,6 +106,7 @@ TEST_CASE("a specification is packed and checked") {
   spec.rule = Rule::sum;
   spec.elements = 1000;
   spec.chunk_elements = 300;
+  spec.ahead = 3;
   const auto packed = pack(spec);
   CHECK(unpack_spec(packed) == spec);
   CHECK(chunk_count(spec) == 4);
@@ -123,7 +124,8 @@ TEST_CASE("a specification is packed and checked") {
   CHECK(broken(2, kCodecCount));
   CHECK(broken(15, 1));     // 2^56 elements
   CHECK(broken(19, 0xff));  // chunks of 16 GiB
-  CHECK(broken(20, 1));
+  CHECK(broken(20, kMaxAhead + 1));
+  CHECK(broken(21, 1));
   CHECK_FALSE(unpack_spec(std::span(packed).first(23)).has_value());
   spec.chunk_elements = 0;
   CHECK_FALSE(unpack_spec(pack(spec)).has_value());

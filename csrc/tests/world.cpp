@@ -16,6 +16,7 @@ RoundSpec spec_of(const WorldOptions& options) {
   spec.rule = Rule::sum;
   spec.elements = options.op == Op::collect ? 0 : options.elements;
   spec.chunk_elements = options.chunk_elements;
+  spec.ahead = options.ahead;
   return spec;
 }
 
@@ -160,16 +161,18 @@ bool World::move(bool) {
 
 void World::begin(Peer& peer, std::uint32_t tag) {
   Engine& engine = *peer.engine;
-  if (peer.begun.count(tag) != 0 || peer.needs_fetch || !engine.may_begin(tag)) return;
+  const auto open = static_cast<std::int64_t>(peer.begun[tag].size());
+  const bool full = open > options_.ahead || !engine.may_begin(tag, options_.ahead);
+  if (full || peer.needs_fetch) return;
   const State& state = peer.state[tag];
-  if (state.version + 1 >= static_cast<std::int64_t>(options_.rounds)) return;
+  if (state.version + 1 + open >= static_cast<std::int64_t>(options_.rounds)) return;
   const auto next = static_cast<std::int64_t>(engine.next(tag));
-  if (state.version + 1 < next) peer.needs_fetch = true;
-  if (state.version + 1 != next) return;
+  if (state.version + 1 + open < next) peer.needs_fetch = open == 0;
+  if (state.version + 1 + open != next) return;
   BeginArgs args;
   args.tag = tag;
   args.spec = spec_of(options_);
-  args.state_digest = state.chain;
+  args.state_digest = options_.ahead == 0 ? state.chain : 0;
   args.weight = options_.chaos && random(12) == 0 ? 0.0 : 1.0;
   auto values = std::make_shared<std::vector<float>>(
       options_.elements, static_cast<float>(std::uint64_t{1} << peer.slot));
@@ -182,7 +185,7 @@ void World::begin(Peer& peer, std::uint32_t tag) {
   }
   const std::uint64_t seq = engine.begin(std::move(args), now);
   if (later) filling_.push_back({std::size_t{peer.id - 1000}, tag, seq, 0, values});
-  peer.begun[tag] = seq;
+  peer.begun[tag].push_back(seq);
 }
 
 // The next chunk of some contribution; now and then its peer gives up. False when all are whole.
@@ -286,14 +289,15 @@ void World::take_all() {
       }
     }
     for (std::uint32_t tag = 0; tag < options_.tags; ++tag) {
+      std::deque<std::uint64_t>& mine = one.begun[tag];
+      while (!mine.empty() && one.engine->ready(tag, mine.front())) {
+        const RoundResult result = one.engine->take_result(tag, mine.front());
+        mine.pop_front();
+        apply(one, tag, result);
+      }
       for (const std::uint64_t seq : one.engine->missed(tag)) {
         apply(one, tag, one.engine->take_result(tag, seq));
       }
-      const auto mine = one.begun.find(tag);
-      if (mine == one.begun.end() || !one.engine->ready(tag, mine->second)) continue;
-      const RoundResult result = one.engine->take_result(tag, mine->second);
-      one.begun.erase(mine);
-      apply(one, tag, result);
     }
   }
 }

@@ -40,7 +40,7 @@ struct Peer {
   bool needs_fetch = false;
   std::unique_ptr<Engine> engine;
   std::map<std::uint32_t, State> state;
-  std::map<std::uint32_t, std::uint64_t> begun;  // tag -> open round of ours
+  std::map<std::uint32_t, std::deque<std::uint64_t>> begun;  // tag -> open rounds of ours
   std::map<std::pair<std::uint32_t, std::uint64_t>, std::uint64_t> returned;  // -> digest
 };
 
@@ -52,6 +52,7 @@ struct WorldOptions {
   std::uint32_t tags = 2;
   int streams = 2;
   std::uint64_t rounds = 3;  // of each tag
+  std::uint8_t ahead = 0;    // of them that may be open before the newest
   EngineOptions engine;
   bool fills = false;  // chunks of many rounds become ready one by one
   bool chaos = false;

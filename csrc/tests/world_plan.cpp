@@ -102,7 +102,7 @@ Install World::plan(const std::map<std::size_t, Report>& reports,
   for (const auto& [tag, seq] : rounds) {
     // A new generation may go back behind rounds that were open.
     const auto ahead = [&](const TagPlan& of) {
-      return of.tag == tag && static_cast<std::int64_t>(seq) > of.stable + 2;
+      return of.tag == tag && static_cast<std::int64_t>(seq) > of.stable + 2 + options_.ahead;
     };
     if (std::any_of(out.tags.begin(), out.tags.end(), ahead)) continue;
     RoundPlan one = plan_round(by_slot, out, tag, seq);
@@ -139,6 +139,11 @@ RoundPlan World::plan_round(const std::map<std::uint8_t, Report>& reports, const
   bool begun = false;
   bool any_value = false;
   for (const auto& [slot, report] : reports) {
+    for (const TagReport& of : report.tags) {
+      for (const auto& [number, digest] : of.stable) {
+        if (of.tag == tag && number == seq && out.stable) out.digest = digest;
+      }
+    }
     const RoundReport* const one = find(report, tag, seq);
     if (one == nullptr) continue;
     begun = begun || one->begun;
@@ -201,7 +206,7 @@ std::string World::describe() {
     }
     for (const auto& [tag, state] : one.state) {
       out += "; tag " + std::to_string(tag) + " version " + std::to_string(state.version) +
-             " next " + std::to_string(engine.next(tag)) + (one.begun.count(tag) ? " begun" : "");
+             " next " + std::to_string(engine.next(tag)) + (one.begun[tag].empty() ? "" : " begun");
     }
     // An old FREEZE stops nothing and still gives a report.
     for (const RoundReport& round : engine.freeze({0, 0}).rounds) {

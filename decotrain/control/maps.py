@@ -31,6 +31,8 @@ TAGS_MAX = 1 << 12
 NO_SLOT = 255
 SLOTS = 64
 SPEC_BYTES_MAX = 64
+SPEC_AHEAD = 20  # the one byte of a specification that a plan looks at
+AHEAD_MAX = 15
 
 _tag = integer(0, TAGS_MAX - 1)
 _covered = integer(-1, 2**62)
@@ -74,7 +76,13 @@ _install = record(
     reported=u64,
     tags=sequence(record(tag=_tag, stable=_covered, digest=u64), TAGS_MAX),
     rounds=sequence(
-        record(stable=boolean, kind=_bytes_column, holders=_words_column, **_round_fields),
+        record(
+            stable=boolean,
+            round_digest=u64,
+            kind=_bytes_column,
+            holders=_words_column,
+            **_round_fields,
+        ),
         ROUNDS_MAX,
     ),
     names=_names,
@@ -123,6 +131,11 @@ def _check_unique(keys: Iterable[Any]) -> None:
         if key in seen:
             raise MessageError(f"{key} is named twice")
         seen.add(key)
+
+
+def ahead(spec: bytes) -> int:
+    """How many rounds of its tag may be open before a round."""
+    return min(spec[SPEC_AHEAD], AHEAD_MAX) if len(spec) > SPEC_AHEAD else 0
 
 
 def words(column: bytes) -> array[int]:

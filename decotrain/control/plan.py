@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from decotrain.control.maps import NO_SLOT, pack_words, words
+from decotrain.control.maps import NO_SLOT, ahead, pack_words, words
 
 Key = tuple[int, int]  # tag, seq
 
@@ -70,7 +70,7 @@ def make_plan(
     sources = _sources(candidates, reports, lineage)
     stable, digests = _stable_rounds(sources, renew, plan)
     rounds = _open_rounds(sources, stable, plan)
-    for key in [key for key in rounds if key[1] > stable[key[0]] + (1 if renew else 2)]:
+    for key in _beyond(rounds, stable, renew):
         del rounds[key]  # it was begun on rounds that are lost with the old generation
     values = {key: _values(key, entry, sources, plan) for key, entry in rounds.items()}
     for key in [key for key in rounds if key[1] <= stable[key[0]]]:
@@ -84,7 +84,7 @@ def make_plan(
         report = reports[candidate.peer]
         if not candidate.was_active and source is not None:
             source = replace(source, rounds={})  # what it holds may be of a branch since redone
-        if all(_covers(report, source, tag, stable[tag], values) for tag in stable):
+        if all(_covers(report, source, tag, stable[tag], values, digests) for tag in stable):
             plan.active.append(candidate.peer)
     owners = _Owners([one for one in candidates if one.peer in plan.active], sources)
     reported = late_slots = 0
@@ -102,11 +102,16 @@ def make_plan(
         "answers": list(answers),
         "reported": reported,
         "tags": [
-            {"tag": tag, "stable": stable[tag], "digest": digests.get(tag, 0)}
+            {"tag": tag, "stable": stable[tag], "digest": digests.get((tag, stable[tag]), 0)}
             for tag in sorted(stable)
         ],
         "rounds": [
-            _round_plan(key, rounds[key], values[key], key[1] <= stable[key[0]], late_slots, owners)
+            {
+                **_round_plan(
+                    key, rounds[key], values[key], key[1] <= stable[key[0]], late_slots, owners
+                ),
+                "round_digest": digests.get(key, 0) if key[1] <= stable[key[0]] else 0,
+            }
             for key in sorted(rounds)
         ],
         "names": _names(sources),
@@ -184,8 +189,8 @@ def _sources(
 
 def _stable_rounds(
     sources: list[_Source], renew: bool, plan: Plan
-) -> tuple[dict[int, int], dict[int, int]]:
-    """Tag -> last stable round, and its digest where somebody remembers it."""
+) -> tuple[dict[int, int], dict[Key, int]]:
+    """Tag -> last stable round, and digests of stable rounds that somebody remembers."""
     stable: dict[int, int] = {}
     for source in sources:
         for tag in source.report["tags"]:
@@ -194,13 +199,13 @@ def _stable_rounds(
             stable[tag["tag"]] = max(stable.get(tag["tag"], -1), last)
         for tag_of_round, _ in source.rounds:
             stable.setdefault(tag_of_round, -1)
-    digests: dict[int, int] = {}
+    digests: dict[Key, int] = {}
     for source in sources:
         for tag in source.report["tags"]:
             for seq, digest in tag["stable"]:
-                if seq != stable[tag["tag"]] or digest == 0:
+                if seq > stable[tag["tag"]] or digest == 0:
                     continue
-                if digests.setdefault(tag["tag"], digest) != digest:
+                if digests.setdefault((tag["tag"], seq), digest) != digest:
                     plan.conflicts.append(f"round {tag['tag']}/{seq} is stable with two digests")
     return stable, digests
 
@@ -232,6 +237,17 @@ def _open_rounds(
         if not (begun and owned) and not valued:
             del rounds[key]
     return rounds
+
+
+def _beyond(
+    rounds: Mapping[Key, Mapping[str, Any]], stable: Mapping[int, int], renew: bool
+) -> list[Key]:
+    """Rounds further after the last stable one than anybody can have begun since."""
+    return [
+        (tag, seq)
+        for (tag, seq), entry in rounds.items()
+        if seq > stable[tag] + (1 if renew else 2) + ahead(entry["spec"])
+    ]
 
 
 def _same_spec(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -287,6 +303,7 @@ def _covers(
     tag: int,
     stable: int,
     values: Mapping[Key, list[_Value | None]],
+    digests: Mapping[Key, int],
 ) -> bool:
     if stable < 0:
         return True
@@ -297,10 +314,14 @@ def _covers(
         return False
     if entry["covered"] >= stable:
         return True
-    held, wanted = source.rounds.get((tag, stable)), values.get((tag, stable))
-    if entry["covered"] < stable - 1 or held is None or wanted is None or source.slot is None:
-        return False
-    return all(one is not None and one.holders >> source.slot & 1 for one in wanted)
+    for seq in range(entry["covered"] + 1, stable + 1):
+        wanted = values.get((tag, seq))
+        known = seq == stable or (tag, seq) in digests
+        if (tag, seq) not in source.rounds or wanted is None or source.slot is None or not known:
+            return False
+        if not all(one is not None and one.holders >> source.slot & 1 for one in wanted):
+            return False
+    return True
 
 
 class _Owners:

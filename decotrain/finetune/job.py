@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from decotrain.errors import ConfigError, FileError
-from decotrain.finetune.settings import Settings, parse
+from decotrain.finetune.settings import SHARED, Settings, parse
+from decotrain.train.asked import as_the_run_says
 from decotrain.train.launcher import Launcher
 from decotrain.train.table import Board, PeerRow
 
@@ -32,9 +33,8 @@ class FinetuneJob:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], named: Sequence[str] = ()) -> FinetuneJob:
-        """ConfigError names the first key that is wrong. `named` changes nothing: who joins with
-        another configuration is refused by the coordinator, with both values."""
-        return cls(parse(config))
+        """ConfigError names the first key that is wrong."""
+        return cls(parse(as_the_run_says(config, named, SHARED, cls.command)))
 
     def prepare(self) -> None:
         """Finds, builds and loads everything once, so that what is wrong is said here."""

@@ -16,6 +16,8 @@ from decotrain.train import typed
 from decotrain.train.settings import PEERS_MAX, DataSettings
 
 TASKS = ("text", "classify")
+# What the run says to who joins it by address; base and data are its own, and base is checked.
+SHARED = ("task", "seed", "steps", "spsa")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Settings:
 
     def shared(self) -> dict[str, Any]:
         """What all peers of a run must have been told alike."""
-        return {"task": self.task, "select": self.spsa.select, "recipe": self.recipe_fields()}
+        values = dataclasses.asdict(self)
+        return {key: values[key] for key in SHARED}
 
 
 LIMITS: typed.Limits = {

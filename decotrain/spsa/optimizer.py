@@ -152,7 +152,8 @@ class SPSA:
     def _collect(self, step: int, data: bytes) -> Any:
         if self.comm is None:
             return _Alone(step, {0: data})
-        return self.comm.collect(data, tag=self.tag, max_bytes=HEAD.size + code.SAMPLES_MAX)
+        size = HEAD.size + code.SAMPLES_MAX
+        return self.comm.collect(data, tag=self.tag, max_bytes=size, ahead=self.recipe.staleness)
 
     def _land(self) -> None:
         """Apply the oldest record in flight; or, when rounds went by without us, all that we can

@@ -23,7 +23,7 @@ from decotrain.spsa import code
 NOISES = ("rademacher", "gaussian")
 SCHEDULES = ("constant", "linear", "cosine")
 NORMALISATIONS = ("mean", "sqrt", "std")
-STALENESS_MAX = 64
+STALENESS_MAX = 15  # rounds that the core keeps open before the newest
 
 # cos(pi x) for |x| <= 1/2, as a polynomial in x^2: plain products and sums are the same everywhere.
 _COSINE = [(-1) ** k * math.pi ** (2 * k) / math.factorial(2 * k) for k in range(11)]

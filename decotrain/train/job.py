@@ -6,54 +6,17 @@ Trains nothing and starts no process by itself; torch is imported when the run h
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from decotrain.control import client
-from decotrain.control.token import find
 from decotrain.data import Corpus, open_corpus, unigram_entropy
-from decotrain.errors import ConfigError
+from decotrain.train.asked import as_the_run_says
 from decotrain.train.launcher import Launcher, write_config
 from decotrain.train.settings import SHARED, Settings, parse, to_mapping
 from decotrain.train.table import Board, PeerRow
 
 ALONE = "alone"
-
-
-def shared_by(address: str) -> dict[str, Any]:
-    """What the run at the address trains: whoever came first has said so."""
-    known = client.status(address, token=find())
-    shared = known["config"]
-    if shared is None:
-        return {"name": known["run"]}
-    if lacking := [key for key in SHARED if key not in shared]:
-        raise ConfigError(
-            f"run {known['run']!r} at {address} is not one of `decotrain train`: its configuration"
-            f" has no {', '.join(lacking)}; join it with the program that its peers run"
-        )
-    return {"name": known["run"], **{key: shared[key] for key in SHARED}}
-
-
-def overruled(named: Sequence[str], asked: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
-    """What somebody who joins has asked for and does not get: a line for each key, with both
-    values. `named`: the overrides of the command line; the rest is nobody's wish."""
-    keys = {word.partition("=")[0].lstrip("+~").partition("@")[0] for word in named}
-    lines, holds = [], dict(_flat(run))
-    for key, value in _flat({key: asked[key] for key in ("name", *SHARED)}):
-        wanted = key in keys or any(key.startswith(f"{group}.") for group in keys)
-        if wanted and holds.get(key, value) != value:
-            lines.append(f"{key}={holds[key]} holds here, as the run has it, and not {value}")
-    return lines
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 class TrainJob:
@@ -73,13 +36,7 @@ class TrainJob:
     @classmethod
     def of(cls, config: Mapping[str, Any], named: Sequence[str] = ()) -> TrainJob:
         """ConfigError names the first key that is wrong."""
-        join = config.get("join")
-        if not join:
-            return cls(parse(config))
-        run = shared_by(str(join))
-        for line in overruled(named, config, run):
-            print(f"decotrain: {line}", file=sys.stderr)
-        return cls(parse({**config, **run}))
+        return cls(parse(as_the_run_says(config, named, SHARED, cls.command)))
 
     def prepare(self) -> None:
         self.corpus: Corpus = open_corpus(self.settings.data.path, self.settings.model.context)

@@ -41,6 +41,7 @@ class Options:
     tags: int = 1
     stateless: tuple[int, ...] = ()
     shapes: list[Any] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)  # of each tag: rounds open before the newest
     latency_s: float = 0.01
     tick_s: float = 0.1
     think_s: float = 0.1
@@ -72,7 +73,8 @@ def draw_options(draw: random.Random) -> Options:
     options.min_peers = draw.randint(1, options.peers)
     options.tags = draw.choice((1, 1, 2, 3))
     options.stateless = tuple(tag for tag in range(options.tags) if draw.random() < 0.15)
-    options.shapes = [_draw_shape(draw, tag in options.stateless) for tag in range(options.tags)]
+    options.ahead = [draw.choice((0, 0, 0, 1, 2, 4)) for _ in range(options.tags)]
+    options.shapes = [_draw_shape(draw, ahead) for ahead in options.ahead]
     options.latency_s = draw.choice((0.001, 0.01, 0.01, 0.05, 0.15))
     options.tick_s = draw.choice((0.1, 0.2))
     options.think_s = draw.choice((0.02, 0.1, 0.3))
@@ -114,13 +116,13 @@ def draw_options(draw: random.Random) -> Options:
     return options
 
 
-def _draw_shape(draw: random.Random, stateless: bool) -> Any:
+def _draw_shape(draw: random.Random, ahead: int) -> Any:
     if draw.random() < 0.15:
-        return CollectShape(pack_spec(op=OP_COLLECT, elements=0, chunk_elements=64))
+        return CollectShape(pack_spec(op=OP_COLLECT, elements=0, chunk_elements=64, ahead=ahead))
     chunk = draw.choice((2, 2, 2, 3, 16))
     chunks = draw.choice((1, 2, 3, 5, 8))
     if draw.random() < 0.15:
         chunk, chunks = 6000, 3  # above the size that is sent without waiting for OPEN
     elements = chunk * chunks - draw.choice((0, 0, 1))
-    spec = pack_spec(op=OP_SUM, rule=RULE_SUM, elements=elements, chunk_elements=chunk)
+    spec = pack_spec(op=OP_SUM, rule=RULE_SUM, elements=elements, chunk_elements=chunk, ahead=ahead)
     return Shape(spec, elements, chunk)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,6 @@ from decotrain.versions import Versions
 
 if TYPE_CHECKING:
     from tests.sim.world import World
-
-
-@dataclass
-class Flight:
-    """A round begun here whose result is not taken yet."""
-
-    seq: int
-    state: str
 
 
 class SimPeer:
@@ -75,8 +68,10 @@ class SimPeer:
         stateful = [tag for tag in range(options.tags) if tag not in options.stateless]
         self.versions = Versions(dict.fromkeys(stateful, 0))
         self.state = dict.fromkeys(stateful, "")
-        self.flights: dict[int, Flight] = {}
+        # Rounds begun here whose results are not taken yet.
+        self.flights: dict[int, deque[int]] = {tag: deque() for tag in range(options.tags)}
         self.due_s = dict.fromkeys(range(options.tags), 0.0)
+        self.lost = dict.fromkeys(range(options.tags), False)  # one of several in flight was
         self.fetching: dict[int, float] = {}
         self.done_rounds = dict.fromkeys(range(options.tags), 0)
 
@@ -167,9 +162,8 @@ class SimPeer:
             members=[row[:3] for row in view["members"]],
             held=self.held(),
         )
-        for tag, flight in list(self.flights.items()):
-            if self.engine.ready(tag, flight.seq):
-                self.take(tag)
+        for tag in self.flights:
+            self.take_ready(tag)
         self.down &= self.contacts
         if not ours:
             self.doubt_self("holds a round that the view does not know")
@@ -282,12 +276,12 @@ class SimPeer:
         for tag in self.due_s:
             if not self.alive or self.over:
                 return
-            flight = self.flights.get(tag)
-            if flight is not None:
-                if self.engine.ready(tag, flight.seq):
-                    self.take(tag)
-                continue
-            if self.catch_up(tag):
+            before = len(self.flights[tag])
+            self.take_ready(tag)
+            if self.flights[tag]:
+                if self.world.options.ahead[tag]:
+                    self.begin(tag)
+            elif not before and self.catch_up(tag):
                 self.begin(tag)
         current = self.versions.current()
         if current != self.member.current and not self.member.active:
@@ -314,7 +308,11 @@ class SimPeer:
 
     def begin(self, tag: int) -> None:
         world, options = self.world, self.world.options
-        if self.due_s[tag] > world.now or not self.engine.may_begin(tag):
+        flights, ahead = self.flights[tag], options.ahead[tag]
+        if self.due_s[tag] > world.now or not self.engine.may_begin(tag, ahead):
+            return
+        following = self.versions.version.get(tag, 0) + len(flights)
+        if flights and (len(flights) > ahead or self.lost[tag] or self.behind(tag)):
             return
         if not self.member.active and not options.observers_begin:
             return
@@ -324,7 +322,7 @@ class SimPeer:
         skip = world.faulty and world.draw.random() < options.skips
         data = None if skip else shape.data(self.number, salt)
         state = self.state[tag] if stateful else ""
-        digest = digest_of(state) if options.state_digests and stateful else 0
+        digest = digest_of(state) if options.state_digests and stateful and not ahead else 0
         seq = self.engine.begin(
             tag, shape.spec, data, state_digest=digest, encoded=False, now=world.now
         )
@@ -337,18 +335,41 @@ class SimPeer:
             seq=seq,
             give=give,
         )
-        if stateful and self.member.active and seq != self.versions.version[tag]:
+        if stateful and self.member.active and seq != following:
             text = f"begins {tag}/{seq} at version {self.versions.version[tag]}"
             world.check(ev="complain", peer=self.id, text=text)
-        self.flights[tag] = Flight(seq, state)
+        flights.append(seq)
+        if ahead:
+            self.due_s[tag] = self.thought()
+
+    def behind(self, tag: int) -> bool:
+        """As the communicator sees it: what is computed from our state must not be contributed."""
+        if tag not in self.versions.version:
+            return bool(self.engine.missed(tag))
+        return self.versions.next(tag, self.engine.missed(tag)).do != "nothing"
+
+    def take_ready(self, tag: int) -> None:
+        """Results of rounds begun here, in order. After one that is lost, or does not follow on the
+        state, nothing is begun before all are taken."""
+        flights = self.flights[tag]
+        while flights and self.engine.ready(tag, flights[0]):
+            self.take(tag)
+            if not self.alive or self.over:
+                return
+
+    def thought(self) -> float:
+        think_s = self.world.options.think_s * self.slow * (0.5 + self.world.draw.random())
+        return self.world.now + think_s
 
     def take(self, tag: int) -> None:
-        flight = self.flights.pop(tag)
-        think_s = self.world.options.think_s * self.slow * (0.5 + self.world.draw.random())
-        self.due_s[tag] = self.world.now + think_s
-        result = self.engine.take_result(tag, flight.seq)
+        seq = self.flights[tag].popleft()
+        if not self.world.options.ahead[tag]:
+            self.due_s[tag] = self.thought()
+        result = self.engine.take_result(tag, seq)
+        self.lost[tag] = bool(self.flights[tag]) and self.lost[tag]
         if result.outcome != "stable":
-            self.world.note("lost", self.id, tag, flight.seq, result.outcome)
+            self.world.note("lost", self.id, tag, seq, result.outcome)
+            self.lost[tag] = bool(self.flights[tag])
             return
         if tag not in self.versions.version:
             self.returned(result)
@@ -428,7 +449,7 @@ class SimPeer:
             self.later.append(lambda: self.fetched(tag, version, state, view, server))
             return
         behind = self.versions.void[tag] or version > self.versions.version[tag]
-        if not behind or tag in self.flights:
+        if not behind or self.flights[tag]:
             return
         member = server in self.contacts
         if self.versions.fetched(tag, version, view, member, self.engine.frozen):
