@@ -53,7 +53,6 @@ class Communicator:
         self.name = asked.who.name
         self._asked, self._node_options = asked, path_options() | dict(node_options)
         self._templates: dict[int, list[tn.Pattern]] = {}  # what results of a tag look like
-        self._last_seq: dict[int, int] = {}
         self._ready = False
         self._left = False
         self._counters = {"rounds": 0, "lost_rounds": 0}
@@ -212,8 +211,7 @@ class Communicator:
             return any(other == tag and seq >= following for other, seq in shared.open)
 
     def _next_seq(self, tag: int) -> int:
-        held = self._shared.versions.version.get(tag, 0)
-        return int(max(held, self._last_seq.get(tag, -1) + 1))
+        return self._shared.versions.due(tag)
 
     def _begin(self, tag: int, begin: Callable[[Any], Any], out: list[Any] | None) -> Work:
         self._be_ready()
@@ -261,7 +259,7 @@ class Communicator:
             if result.contributors or not keep_own:
                 decode(held, places)
             result.tensors = places
-        self._last_seq[held.tag] = max(self._last_seq.get(held.tag, -1), held.seq)
+        self._shared.versions.hand_out(held.tag, held.seq)
         self._counters["rounds"] += 1
         self._agent.member.last_round = {"last_round": f"{held.tag}/{held.seq}"}
         shared = self._agent.shared
@@ -297,8 +295,8 @@ class Communicator:
     @contextmanager
     def updating(self, tag: int, version: int | None = None) -> Iterator[None]:
         """Write to the tag's tensors inside; on exit the version is `version`, or the one after
-        the last round that was handed out."""
-        with self._shared.updating(tag, version, self._last_seq.get(tag, -1)):
+        the last round that was handed out. Who has several rounds under way names it."""
+        with self._shared.updating(tag, version):
             yield
 
     def version(self, tag: int) -> int:

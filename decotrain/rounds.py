@@ -116,7 +116,7 @@ class Work:
             if self.tag in comm._shared.fragments:
                 return comm._lost(self.tag)
             held = comm._shared.next_missed(self.tag)
-        if not comm._shared.follows(held, comm._last_seq.get(self.tag, -1)):
+        if not comm._shared.follows(held):
             return comm._lost(self.tag)
         # What nobody has broadcast this time may be ours to broadcast next.
         return comm._result(held, self._out, keep_own=self._again is not None)

@@ -117,23 +117,24 @@ class SharedState:
         return self.fragments[tag]
 
     @contextmanager
-    def updating(self, tag: int, version: int | None, last_seq: int) -> Iterator[None]:
+    def updating(self, tag: int, version: int | None) -> Iterator[None]:
         fragment = self.fragment(tag)
         node = self.comm._agent.shared.node
-        following = max(fragment.version, last_seq) + 1 if version is None else version
+        if version is None:
+            version = max(fragment.version, self.versions.handed.get(tag, -1)) + 1
         tags = [tag] if fragment.shortcut is None else [tag, fragment.shortcut.tag]
         for one in tags:
             node.begin_update(one)
         try:
             yield
-            fragment.version = following
+            fragment.version = version
         finally:
             for one in tags:
                 node.end_update(one, fragment.version)
         if not self.versions.void[tag]:
-            self.versions.updated(tag, following)
+            self.versions.updated(tag, version)
             # Results handed to us count as covered until the engine hears of this.
-            self.comm._agent.post(lambda: self._set_covered(tag, following))
+            self.comm._agent.post(lambda: self._set_covered(tag, version))
 
     def _set_covered(self, tag: int, version: int) -> None:
         """On the control thread."""
@@ -147,17 +148,11 @@ class SharedState:
         missed = [held.seq for held in self.missed.get(tag, ())]
         return self.versions.next(tag, missed).do != "nothing"
 
-    def follows(self, held: Any, last_seq: int) -> bool:
-        """May the result of a round begun here be applied to our state? Not one that the state
-        contains: the round was still open here when we fetched it from somebody who had the
-        result. Not one after a gap either: an observer can miss rounds altogether."""
+    def follows(self, held: Any) -> bool:
+        """May the result of a round begun here be applied to our state?"""
         if held.tag not in self.fragments or held.outcome != "stable":
             return True
-        version = self.fragments[held.tag].version
-        if held.seq > max(version, last_seq + 1):
-            self.versions.passed(held.tag, held.seq)
-            return False
-        return bool(held.seq >= version)
+        return self.versions.follows(held.tag, held.seq)
 
     def catch_up(
         self, tag: int, apply: Callable[[Result], None] | None, wait: bool, deadline_s: float

@@ -29,6 +29,7 @@ class Versions:
         self.version = dict(versions)
         self.void: dict[int, bool] = dict.fromkeys(versions, False)
         self.stable: dict[int, int] = {}  # last stable round, as the newest plan knows it
+        self.handed: dict[int, int] = {}  # last round whose result the application was given
         self.view = 0
 
     def __repr__(self) -> str:
@@ -40,6 +41,24 @@ class Versions:
 
     def add(self, tag: int, version: int) -> None:
         self.version[tag], self.void[tag] = version, False
+        self.handed[tag] = version - 1
+
+    def due(self, tag: int) -> int:
+        """The round whose result the application is to be given next."""
+        return max(self.version.get(tag, 0), self.handed.get(tag, -1) + 1)
+
+    def follows(self, tag: int, seq: int) -> bool:
+        """May the result of a round begun here be given to the application, after those it was
+        given before and has perhaps not applied yet? Not one that the state contains: the round was
+        still open here when we fetched it from somebody who had the result. Not one after a gap
+        either: an observer can miss rounds altogether."""
+        if seq > self.due(tag):
+            self.passed(tag, seq)
+            return False
+        return seq >= self.version[tag]
+
+    def hand_out(self, tag: int, seq: int) -> None:
+        self.handed[tag] = max(self.handed.get(tag, -1), seq)
 
     def updated(self, tag: int, version: int) -> None:
         """The application has brought the state to this version by itself."""
@@ -114,8 +133,7 @@ class Versions:
         void. A member's rounds are in every plan since `view`, because its reports were."""
         if frozen or view > self.view or not member:
             return False
-        self.version[tag] = version
-        self.void[tag] = False
+        self.add(tag, version)
         return True
 
     def current(self) -> bool:

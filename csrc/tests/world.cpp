@@ -58,7 +58,32 @@ void World::kill(std::size_t i) {
     // What it wrote before it died may still arrive; what was on its way to it is gone.
     if (std::get<1>(key) == i) stream = Stream{};
   }
-  for (auto& [round, digests] : truth_) digests.erase(peers_[i].id);
+  forget(peers_[i].id);
+}
+
+// What it has seen may be of a branch that the others have left.
+void World::forget(PeerId peer) {
+  for (auto& [round, digests] : truth_) digests.erase(peer);
+  for (auto& [version, chains] : chains_) chains.erase(peer);
+}
+
+bool World::active(const Peer& peer) {
+  const View& view = peer.engine->view();
+  return std::any_of(view.members.begin(), view.members.end(),
+                     [&](const Member& one) { return one.peer == peer.id && one.active; });
+}
+
+// All who ever held a version of a tag's state, and are of the run still, held the same.
+void World::note_state(const Peer& peer, std::uint32_t tag) {
+  const State& state = peer.state.at(tag);
+  auto& chains = chains_[{tag, state.version}];
+  for (const auto& [other, chain] : chains) {
+    if (chain == state.chain) continue;
+    violations_.push_back("peers " + std::to_string(peer.id) + " and " + std::to_string(other) +
+                          " held two states of tag " + std::to_string(tag) + " at version " +
+                          std::to_string(state.version));
+  }
+  chains[peer.id] = state.chain;
 }
 
 void World::break_pair(std::size_t a, std::size_t b) {
@@ -253,6 +278,11 @@ void World::apply(Peer& peer, std::uint32_t tag, const RoundResult& result) {
   State& state = peer.state[tag];
   const auto seq = static_cast<std::int64_t>(result.seq);
   if (result.outcome != Outcome::stable || seq > state.version + 1) {
+    if (result.outcome == Outcome::stable && active(peer) && !peer.needs_fetch) {
+      violations_.push_back("peer " + std::to_string(peer.id) + " is active, but round " +
+                            std::to_string(tag) + "/" + std::to_string(seq) +
+                            " came to it at version " + std::to_string(state.version));
+    }
     if (seq > state.version) {
       peer.needs_fetch = true;
       declare(peer);
@@ -270,9 +300,10 @@ void World::apply(Peer& peer, std::uint32_t tag, const RoundResult& result) {
   }
   digests[peer.id] = bits;
   if (seq <= state.version) return;  // the fetched state has it
-  const std::uint64_t words[2] = {state.chain, bits};
+  const std::uint64_t words[3] = {state.chain, result.seq, bits};
   state.chain = digest(std::as_bytes(std::span(words)));
   state.version = seq;
+  note_state(peer, tag);
   peer.engine->set_covered(tag, seq);
 }
 
@@ -282,7 +313,7 @@ void World::take_all() {
     for (const Event& event : one.engine->take_events()) {
       if (event.kind == EventKind::diverged && event.peer == one.id) {
         one.needs_fetch = true;  // our branch is void
-        for (auto& [round, digests] : truth_) digests.erase(one.id);
+        forget(one.id);
       } else if (event.kind == EventKind::diverged || event.kind == EventKind::refused ||
                  event.kind == EventKind::spec_mismatch) {
         violations_.push_back("event at peer " + std::to_string(one.id) + ": " + event.detail);
@@ -321,6 +352,7 @@ void World::fetch(Peer& peer) {
   if (best == nullptr) return;
   peer.state = best->state;
   peer.needs_fetch = false;
+  for (const auto& [tag, state] : peer.state) note_state(peer, tag);
   declare(peer);
 }
 

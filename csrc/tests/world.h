@@ -86,6 +86,9 @@ class World {
  private:
   std::uint64_t random(std::uint64_t n) { return rng_() % n; }
   void late_install();
+  void forget(PeerId peer);
+  bool active(const Peer& peer);
+  void note_state(const Peer& peer, std::uint32_t tag);
   void install(Peer& peer, const Install& made);
   void check_names(const Peer& peer, const RoundResult& result);
   void send_one(std::size_t from, std::size_t to);
@@ -119,6 +122,8 @@ class World {
     std::shared_ptr<std::vector<float>> values;
   };
   std::deque<Filling> filling_;
+  // (tag, version) -> who held it, and the chain of results it held
+  std::map<std::pair<std::uint32_t, std::int64_t>, std::map<PeerId, std::uint64_t>> chains_;
   std::vector<Install> installs_;  // all so far: some arrive late
   std::vector<std::string> violations_;
   ViewId view_id_ = ViewId{1} << 32;

@@ -64,9 +64,7 @@ void World::new_generation(std::map<std::size_t, Report>& reports) {
   for (const auto& [i, report] : reports) base = rank(i) > rank(base) ? i : base;
   for (Peer& one : peers_) {
     one.needs_fetch = one.id != peers_[base].id;
-    for (auto& [round, digests] : truth_) {
-      if (one.needs_fetch) digests.erase(one.id);
-    }
+    if (one.needs_fetch) forget(one.id);
   }
   std::erase_if(reports, [&](const auto& one) { return one.first != base; });
 }

@@ -282,7 +282,7 @@ class SPSA:
             raise RoundError(f"record {record.step} does not follow version {self.version}")
         update = self.recipe.update(record.step, record.entries)
         log = self._writer(record.step)
-        with self._updating():
+        with self._updating(record.step + 1):
             self.apply([update], record.step)
             self._note(record)
         self.space.publish()
@@ -342,12 +342,12 @@ class SPSA:
         replay.run(self.space, self.recipe, updates, first_step, self.pool, self.threads)
 
     @contextmanager
-    def _updating(self) -> Iterator[None]:
+    def _updating(self, version: int) -> Iterator[None]:
         if self.comm is None:
             yield
-            self._applied += 1
+            self._applied = version
         else:
-            with self.comm.updating(self.tag):
+            with self.comm.updating(self.tag, version):
                 yield
 
     # --- the log

@@ -10,7 +10,10 @@ It knows no protocol and trusts nobody's word but what peers did. Events (key `e
     return    peer view generation tag seq digest chunks
               chunks: [[contributors (peers), value], ...]; wait() returned
               it as stable
-    state     peer view generation tag version digest     after a result was applied or fetched
+    state     peer view generation tag version digest seq    after the result of round `seq` was
+              applied, or (seq None, or not there) after a fetch or an adoption
+    passed    peer tag seq excused         a stable result of a round begun here is not applied;
+              excused: a round before it was lost, or the peer was not active
     value     peer view generation tag seq chunk digest   took a chunk's result from another peer,
               or holds one when it is frozen
     stale     peer text                    took a frame of a view that is over
@@ -57,6 +60,7 @@ class Checker:
     given: dict[tuple[int, int, int], Any] = field(default_factory=dict)
     returned: dict[tuple[int, int, int], list[Said]] = field(default_factory=dict)
     states: dict[tuple[int, int, int], list[Said]] = field(default_factory=dict)
+    contains: dict[tuple[int, int], int] = field(default_factory=dict)  # peer, tag -> version
     # (generation, tag, seq, chunk) -> digest -> peer -> view in which it took it
     # (generation, tag) -> peer -> view -> last round it returned in that view
     values: dict[tuple[int, int, int, int], dict[str, dict[int, int]]] = field(default_factory=dict)
@@ -159,6 +163,16 @@ class Checker:
                 )
 
     def _state(self, event: Event) -> None:
+        """Results are applied one after the other, without a gap, whatever the state's digest."""
+        place, seq = (event["peer"], event["tag"]), event.get("seq")
+        before = self.contains.get(place, 0)
+        if seq is not None and not before == seq == event["version"] - 1:
+            self._fail(
+                "gap",
+                f"{event['peer']:x} applies round {event['tag']}/{seq} to version {before} and has"
+                f" version {event['version']}",
+            )
+        self.contains[place] = event["version"]
         key = (event["generation"], event["tag"], event["version"])
         self._unique(
             self.states.setdefault(key, []),
@@ -166,6 +180,12 @@ class Checker:
             "state",
             f"state of tag {event['tag']} at version {event['version']}",
         )
+
+    def _passed(self, event: Event) -> None:
+        peer, tag, seq = event["peer"], event["tag"], event["seq"]
+        before = self.contains.get((peer, tag), 0)
+        if seq == before or (seq > before and not event["excused"]):
+            self._fail("passed-over", f"{peer:x} drops round {tag}/{seq} at version {before}")
 
     def _unique(self, said: list[Said], new: Said, rule: str, what: str) -> None:
         for old in said:

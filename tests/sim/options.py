@@ -42,6 +42,7 @@ class Options:
     stateless: tuple[int, ...] = ()
     shapes: list[Any] = field(default_factory=list)
     ahead: list[int] = field(default_factory=list)  # of each tag: rounds open before the newest
+    held_back: float = 0.0  # results not applied before those in flight behind them are taken
     latency_s: float = 0.01
     tick_s: float = 0.1
     think_s: float = 0.1
@@ -75,6 +76,7 @@ def draw_options(draw: random.Random) -> Options:
     options.stateless = tuple(tag for tag in range(options.tags) if draw.random() < 0.15)
     options.ahead = [draw.choice((0, 0, 0, 1, 2, 4)) for _ in range(options.tags)]
     options.shapes = [_draw_shape(draw, ahead) for ahead in options.ahead]
+    options.held_back = draw.choice((0.0, 0.2, 0.8))
     options.latency_s = draw.choice((0.001, 0.01, 0.01, 0.05, 0.15))
     options.tick_s = draw.choice((0.1, 0.2))
     options.think_s = draw.choice((0.02, 0.1, 0.3))

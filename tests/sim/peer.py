@@ -72,6 +72,8 @@ class SimPeer:
         self.flights: dict[int, deque[int]] = {tag: deque() for tag in range(options.tags)}
         self.due_s = dict.fromkeys(range(options.tags), 0.0)
         self.lost = dict.fromkeys(range(options.tags), False)  # one of several in flight was
+        self.holds_back = dict.fromkeys(range(options.tags), False)  # results, begins nothing
+        self.given: dict[int, list[Any]] = {tag: [] for tag in stateful}  # to be applied
         self.fetching: dict[int, float] = {}
         self.done_rounds = dict.fromkeys(range(options.tags), 0)
 
@@ -162,6 +164,8 @@ class SimPeer:
             members=[row[:3] for row in view["members"]],
             held=self.held(),
         )
+        for tag in self.versions.version if effect.adopt else ():
+            self.state_event(tag)
         for tag in self.flights:
             self.take_ready(tag)
         self.down &= self.contacts
@@ -312,7 +316,8 @@ class SimPeer:
         if self.due_s[tag] > world.now or not self.engine.may_begin(tag, ahead):
             return
         following = self.versions.version.get(tag, 0) + len(flights)
-        if flights and (len(flights) > ahead or self.lost[tag] or self.behind(tag)):
+        waits = self.lost[tag] or self.holds_back[tag]
+        if flights and (len(flights) > ahead or waits or self.behind(tag)):
             return
         if not self.member.active and not options.observers_begin:
             return
@@ -373,10 +378,36 @@ class SimPeer:
             return
         if tag not in self.versions.version:
             self.returned(result)
-        elif not self.versions.void[tag] and self.versions.version[tag] == result.seq:
-            self.apply(result)
-        elif result.seq > self.versions.version[tag]:
-            self.versions.passed(tag, result.seq)
+        else:
+            self.give(tag, result)
+
+    def give(self, tag: int, result: Any) -> None:
+        """To the trainer, which applies it at once, or when it has all that is in flight: a trainer
+        of several rounds at a time waits for them so when one was lost."""
+        excused = self.lost[tag] or not self.member.active
+        if self.versions.follows(tag, result.seq) and not self.versions.void[tag]:
+            self.versions.hand_out(tag, result.seq)
+            self.given[tag].append(result)
+        else:
+            self.pass_over(result, excused)
+        if self.flights[tag] and self.world.draw.random() < self.world.options.held_back:
+            self.holds_back[tag] = True
+            return
+        self.holds_back[tag] = False
+        given, self.given[tag] = self.given[tag], []
+        for one in given:
+            if not self.alive or self.over:
+                return
+            if one.seq == self.versions.version[tag] and not self.versions.void[tag]:
+                self.apply(one)
+            else:
+                self.versions.passed(tag, one.seq)
+                self.pass_over(one, excused)
+
+    def pass_over(self, result: Any, excused: bool) -> None:
+        tag, seq = result.tag, result.seq
+        if not self.versions.void[tag]:
+            self.world.check(ev="passed", peer=self.id, tag=tag, seq=seq, excused=excused)
 
     def returned(self, result: Any) -> None:
         peers = dict(result.peers)
@@ -408,9 +439,9 @@ class SimPeer:
         ).hexdigest()
         self.versions.applied(tag, result.seq)
         self.engine.set_covered(tag, result.seq)
-        self.state_event(tag)
+        self.state_event(tag, result.seq)
 
-    def state_event(self, tag: int) -> None:
+    def state_event(self, tag: int, seq: int | None = None) -> None:
         self.world.check(
             ev="state",
             peer=self.id,
@@ -419,6 +450,7 @@ class SimPeer:
             tag=tag,
             version=self.versions.version[tag],
             digest=self.state[tag],
+            seq=seq,
         )
 
     def fetch(self, tag: int) -> None:

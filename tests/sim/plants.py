@@ -105,6 +105,14 @@ def _void_state_kept(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self: None
 
 
+def _counts_what_was_handed_out(right: Callable[..., Any]) -> Callable[..., Any]:
+    def applied(self: Any, tag: int, seq: int) -> None:
+        right(self, tag, seq)
+        self.version[tag] = max(self.version[tag], self.handed.get(tag, -1) + 1)
+
+    return applied
+
+
 def _no_widening(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, freeze, now: None
 
@@ -140,6 +148,7 @@ CONTROL: dict[str, tuple[Any, str, Any]] = {
     "value_given_up_that_a_fast_peer_holds": (_PLAN, "_stands", _fast_given_up),
     "stable_round_forgotten": (_PLAN, "_stable_rounds", _stable_forgotten),
     "void_state_kept": (_VERSIONS, "make_void", _void_state_kept),
+    "version_counts_what_was_handed_out": (_VERSIONS, "applied", _counts_what_was_handed_out),
     "suspects_not_asked_again": (_CHANGES, "_widen", _no_widening),
     "install_not_repeated": (_CHANGES, "_push", _no_pushing),
 }

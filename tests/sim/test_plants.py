@@ -21,6 +21,7 @@ SEEDS = 120
         "newcomer_active_one_round_early",
         "survivors_value_not_in_the_plan",
         "stable_round_forgotten",
+        "version_counts_what_was_handed_out",
         "suspects_not_asked_again",
         "install_not_repeated",
         "record_not_fsynced",

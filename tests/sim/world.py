@@ -281,6 +281,7 @@ class World:
         options = self.options
         options.think_s, options.fetch_s = max(options.think_s, 0.2), min(options.fetch_s, 0.05)
         options.latency_s, options.window = min(options.latency_s, 0.05), 16
+        options.split = min(options.split, 0.2)  # a payload that lags holds up its stream
         self.top_up()
 
     def top_up(self) -> None:
