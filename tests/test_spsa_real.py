@@ -25,18 +25,19 @@ from tests.spsa_peer import make_model
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 100.0
 LEVELS = ["avx512", "scalar", "avx2"]
-OPTIONS = {"lr": 1e-2, "samples": 4, "weight_decay": 0.01, "staleness": 2}
+OPTIONS = {"lr": 1e-2, "samples": 4, "weight_decay": 0.01}
 
 
 class Fleet:
-    def __init__(self, address: str, folder: Path) -> None:
-        self.address, self.folder = address, folder
+    def __init__(self, address: str, folder: Path, staleness: int = 2) -> None:
+        self.address, self.folder, self.staleness = address, folder, staleness
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, steps: int = 1 << 30) -> None:
         level = LEVELS[len(self.processes) % len(LEVELS)]
         command = [sys.executable, "-m", "tests.spsa_peer", self.address, name, str(steps)]
-        command += [str(self.folder), json.dumps(OPTIONS)]
+        options = {**OPTIONS, "staleness": self.staleness}
+        command += [str(self.folder), json.dumps(options)]
         environment = {**os.environ, "DECOTRAIN_SIMD": level, "OMP_NUM_THREADS": "1"}
         errors = (self.folder / f"{name}.err").open("wb")
         self.processes[name] = subprocess.Popen(
@@ -114,7 +115,10 @@ def test_peers_on_three_levels_with_a_kill_and_a_newcomer(fleet: Fleet) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1500)
-def test_a_thousand_steps_of_joins_leaves_and_kills(fleet: Fleet) -> None:
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_thousand_steps_of_joins_leaves_and_kills(fleet: Fleet, staleness: int) -> None:
+    """At every step the SHA-256 of all peers' parameters is that of a replay in one process."""
+    fleet.staleness = staleness
     dice = random.Random(5)
     for number in range(3):
         fleet.start(f"p{number}")

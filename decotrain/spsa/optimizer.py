@@ -157,7 +157,8 @@ class SPSA:
 
     def _land(self) -> None:
         """Apply the oldest record in flight; or, when rounds went by without us, all that we can
-        get. Results of ours that are already there must not be dropped: nobody sends them again."""
+        get, each by its number. Results of ours that are already there must not be dropped: nobody
+        sends them again."""
         began_s = time.perf_counter()
         result = self._flying.popleft().wait()
         self.waited_s += time.perf_counter() - began_s

@@ -49,6 +49,13 @@ def returned(peer: int, number: int, seq: int, digest: int) -> dict[str, object]
     }  # fmt: skip
 
 
+def state(peer: int, version: int, seq: int | None) -> dict[str, object]:
+    return {
+        "ev": "state", "peer": peer, "view": 2, "generation": 0, "tag": 0, "version": version,
+        "digest": version, "seq": seq,
+    }  # fmt: skip
+
+
 def test_the_checker_alone() -> None:
     """What agreement means: among the members of the newest view concerned, and no others."""
     checker = Checker(check_persist=False)
@@ -63,6 +70,17 @@ def test_the_checker_alone() -> None:
     checker.take(returned(2, 2, 1, 6))
     with pytest.raises(Violation, match="agreement"):
         checker.take(returned(3, 2, 1, 5))
+    with pytest.raises(Violation, match="drops round 0/0 at version 0"):
+        checker.take({"ev": "passed", "peer": 2, "tag": 0, "seq": 0, "excused": True})
+    with pytest.raises(Violation, match="drops round 0/3 at version 0"):
+        checker.take({"ev": "passed", "peer": 2, "tag": 0, "seq": 3, "excused": False})
+    checker.take({"ev": "passed", "peer": 2, "tag": 0, "seq": 3, "excused": True})
+    checker.take(state(2, 4, None))
+    checker.take(state(2, 5, 4))
+    with pytest.raises(Violation, match="applies round 0/5 to version 5 and has version 7"):
+        checker.take(state(2, 7, 5))
+    with pytest.raises(Violation, match="applies round 0/6 to version 5"):
+        checker.take(state(2, 7, 6))
     with pytest.raises(Violation, match="two memberships"):
         checker.take({"ev": "install", "peer": 3, "held": {}, **view(2, 3)})
     with pytest.raises(Violation, match="went back"):
