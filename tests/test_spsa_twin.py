@@ -1,7 +1,8 @@
 """SPSA's CUDA source, compiled for the host: every thread's part, one after the other.
 
-What a machine without a GPU can show of the twins: which elements a thread touches, which noise they
-get, and the order of their sums. The device's own arithmetic is tests/test_spsa_kernels.py, `gpu`.
+What a machine without a GPU can show of the twins: which elements a thread touches, which noise
+they get, and the order of their sums. The device's own arithmetic has tests of its own
+(tests/test_spsa_kernels.py, `-m gpu`).
 """
 
 from __future__ import annotations
