@@ -147,3 +147,12 @@ class World:
 
     def texts(self, kind: str) -> list[str]:
         return [entry.text for entry in self.log if entry.kind == kind]
+
+
+def three(**options: object) -> World:
+    world = World(min_peers=3, **options)
+    for peer in (1, 2, 3):
+        world.add(peer)
+    world.run(1.0)
+    assert world.agreed() == (1, 2, 3)
+    return world

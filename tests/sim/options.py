@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decotrain._core import pack_spec
-from tests.sim.peer import CollectShape, Shape
+from tests.sim.shapes import CollectShape, Shape
 
 OP_SUM, OP_COLLECT, RULE_SUM = 1, 2, 1
 
