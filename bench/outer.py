@@ -13,7 +13,7 @@ other's turn on the processor included.
 left out with probability 0.3) are there to compare with.
 
 Options (`--set`): peers=4, steps=1200, every=24, seeds=3, width=160, layers=4, context=64, batch=4,
-lr=3e-3, variants=a;b (names from the table; default: all), data=PATH (default: Python's sources),
+lr=3e-3, variants=a;b (names from the table, with options behind them; default: all), data=PATH (default: Python's sources),
 keep=FOLDER (each case's figures are kept there and not measured again: a long run can be stopped
 and can be made in pieces, `variants` and `--seed` at a time, before the one that draws the tables).
 """
@@ -23,17 +23,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.common import Report, Settings, log
+from bench.common import CannotRunError, Report, Settings, log
 from decotrain.communicator import Communicator, join
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
@@ -53,40 +53,69 @@ from decotrain.train.worker import held_out_loss
 WAIT_S = 3600.0  # a machine may be busy with other things
 DROPPED = 0.3
 HELD_OUT_WINDOWS = 512
-Build = Callable[[nn.Module, Any, Communicator, int], Any]
 
 
-def preset(name: str, **options: Any) -> Build:
-    def build(model: nn.Module, inner: Any, comm: Communicator, every: int) -> Any:
-        own = {} if name == "ddp" else {"sync_every": every}
-        return make(name, model, inner, comm, **own, **options)
-
-    return build
+def naive_delay(*args: Any, sync_every: int, lr: float, momentum: float) -> OuterOptimizer:
+    schedule = EveryH(sync_every, overlap=sync_every)
+    return OuterOptimizer(*args, schedule=schedule, update=Nesterov(lr, momentum))
 
 
-def naive_delay(model: nn.Module, inner: Any, comm: Communicator, every: int) -> Any:
-    schedule = EveryH(every, overlap=every)
-    return OuterOptimizer(model, inner, comm, schedule=schedule, update=Nesterov(0.4, 0.6))
+FEW = {"momentum": 0.6}  # for fewer than 100 rounds
+THIN = FEW | {"layers": 1, "error_feedback": True}
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {  # preset, options, inner optimizer
+    "ddp": ("ddp", {}, "adamw"),
+    "local_sgd": ("local_sgd", {}, "adamw"),
+    "diloco": ("diloco", FEW, "adamw"),
+    "diloco, 30 % dropped": ("diloco", FEW, "adamw"),
+    "streaming": ("streaming", FEW | {"layers": 1}, "adamw"),
+    "streaming e2m1+int8": ("streaming", THIN | {"codec": "e2m1+int8"}, "adamw"),
+    "streaming e3m0": ("streaming", THIN | {"codec": "e3m0"}, "adamw"),
+    "eager": ("eager", FEW | {"lr": 0.4}, "adamw"),
+    "naive delay": ("naive delay", FEW | {"lr": 0.4}, "adamw"),
+    "co2": ("co2", {}, "adamw"),
+    "sparseloco": ("sparseloco", {}, "adamw"),
+    "delayed_nesterov": ("delayed_nesterov", FEW | {"delay": 4}, "adamw"),
+    "muloco e2m1+int8": ("muloco", FEW, "muon"),
+}
 
 
-FOUR = {"codec": "e2m1+int8", "error_feedback": True}
-VARIANTS: dict[str, tuple[Build, str]] = {  # how it is made, and the inner optimizer
-    "ddp": (preset("ddp"), "adamw"),
-    "local_sgd": (preset("local_sgd"), "adamw"),
-    "diloco": (preset("diloco", momentum=0.6), "adamw"),
-    "diloco, 30 % dropped": (preset("diloco", momentum=0.6), "adamw"),
-    "streaming": (preset("streaming", layers=1, momentum=0.6), "adamw"),
-    "streaming e2m1+int8": (preset("streaming", layers=1, momentum=0.6, **FOUR), "adamw"),
-    "streaming e3m0": (
-        preset("streaming", layers=1, momentum=0.6, codec="e3m0", error_feedback=True), "adamw"
-    ),
-    "eager": (preset("eager", lr=0.4, momentum=0.6), "adamw"),
-    "naive delay": (naive_delay, "adamw"),
-    "co2": (preset("co2"), "adamw"),
-    "sparseloco": (preset("sparseloco"), "adamw"),
-    "delayed_nesterov": (preset("delayed_nesterov", delay=4, momentum=0.6), "adamw"),
-    "muloco e2m1+int8": (preset("muloco", momentum=0.6), "muon"),
-}  # fmt: skip
+class Variant:
+    """A name of the table, with options of its own behind it: "diloco lr=0.8 momentum=0.7".
+
+    inner=RATE is the inner learning rate, every=STEPS the distance of rounds; the rest is the
+    preset's.
+    """
+
+    def __init__(self, name: str, every: int, lr: float) -> None:
+        words = name.split(" ")
+        said = [word for word in words if re.fullmatch(r"\w+=\S+", word)]
+        base = " ".join(word for word in words if word not in said)
+        if base not in VARIANTS:
+            raise CannotRunError(f"no variant {base!r}; there are {'; '.join(VARIANTS)}")
+        own = dict(word.split("=", 1) for word in said)
+        self.lr, self.every = float(own.pop("inner", lr)), int(own.pop("every", every))
+        self.preset, options, self.optimizer = VARIANTS[base]
+        self.options = options | {key: _value(text) for key, text in own.items()}
+        self.dropped = DROPPED if "dropped" in base else 0.0
+
+    def make(self, model: nn.Module, inner: Any, comm: Any) -> OuterOptimizer | GradientAveraging:
+        if self.preset == "ddp":
+            return make("ddp", model, inner, comm, **self.options)
+        options = self.options | {"sync_every": self.every}
+        if self.preset == "naive delay":
+            return naive_delay(model, inner, comm, **options)
+        return make(self.preset, model, inner, comm, **options)
+
+
+def _value(text: str) -> Any:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 class Counting:
@@ -131,8 +160,9 @@ class Case:
         width, layers = number("width", 160, 16), number("layers", 4, 2)
         context = number("context", 64, 16)
         self.config = ModelConfig(layers, width, 2, 1, 2 * width, context)
+        self.variant = Variant(name, self.every, float(settings.option("lr", "3e-3")))
         self.inner = InnerSettings(
-            VARIANTS[name][1], float(settings.option("lr", "3e-3")), 0.02, (0.9, 0.99), 0.1, 1.0,
+            self.variant.optimizer, self.variant.lr, 0.02, (0.9, 0.99), 0.1, 1.0,
             min(50, self.steps // 4), 0.1,
         )  # fmt: skip
         self.corpus = open_corpus(settings.options.get("data"), context)
@@ -143,7 +173,7 @@ class Case:
         """What a run of this very case has measured before; else run it, and keep that."""
         if folder is None:
             return self.run()
-        facts = [self.name, self.seed, self.peers, self.steps, self.every, self.batch,
+        facts = [self.name, self.variant.options, self.seed, self.peers, self.steps, self.every, self.batch,
                  repr(self.config), repr(self.inner), self.corpus.source]  # fmt: skip
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         path = folder / f"{key}.json"
@@ -190,9 +220,8 @@ class Case:
         model = self._model()
         inner = make_optimizers(model, self.inner)
         raw = join(address, name=f"peer-{peer}", run="bench", listen="127.0.0.1", timeout_s=WAIT_S)
-        dropped = DROPPED if "dropped" in self.name else 0.0
-        comm = Counting(raw, dropped, 100 * self.seed + peer)
-        outer = VARIANTS[self.name][0](model, inner, comm, self.every)  # type: ignore[arg-type]
+        comm = Counting(raw, self.variant.dropped, 100 * self.seed + peer)
+        outer = self.variant.make(model, inner, comm)
         order = SampleOrder(len(self.corpus.train), self.config.context, self.seed)
         batches = Batches(self.corpus, order, self.config.context, self.batch, self.peers)
         computing_s = 0.0
