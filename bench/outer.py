@@ -187,7 +187,8 @@ class Case:
 
     def run(self) -> dict[str, float]:
         """Metrics: the mean of peers, or their sum for bytes."""
-        server = ServerThread(Options(run="bench", min_peers=self.peers))
+        options = Options(run="bench", min_peers=self.peers, suspect_timeout_s=WAIT_S)
+        server = ServerThread(options)
         threads = [
             threading.Thread(target=self._guarded, args=(peer, server.address), daemon=True)
             for peer in range(self.peers)
@@ -224,8 +225,9 @@ class Case:
         outer = self.variant.make(model, inner, comm)
         order = SampleOrder(len(self.corpus.train), self.config.context, self.seed)
         batches = Batches(self.corpus, order, self.config.context, self.batch, self.peers)
-        computing_s = 0.0
+        computing_s, view = 0.0, raw.view
         while outer.global_step < self.steps:
+            assert raw.view == view, f"{self.name}: a peer was lost; is the machine too busy?"
             comm.step = outer.global_step + 1
             started_s, waited_s = time.perf_counter(), outer.sync_s
             set_rates(inner, outer.global_step, self.steps, self.inner)
