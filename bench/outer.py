@@ -187,7 +187,10 @@ class Case:
 
     def run(self) -> dict[str, float]:
         """Metrics: the mean of peers, or their sum for bytes."""
-        options = Options(run="bench", min_peers=self.peers, suspect_timeout_s=WAIT_S)
+        options = Options(
+            run="bench", min_peers=self.peers, suspect_timeout_s=WAIT_S, closed_timeout_s=WAIT_S,
+            report_timeout_s=WAIT_S, install_timeout_s=WAIT_S, link_bound_s=WAIT_S,
+        )  # fmt: skip
         server = ServerThread(options)
         threads = [
             threading.Thread(target=self._guarded, args=(peer, server.address), daemon=True)
