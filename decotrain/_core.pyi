@@ -189,6 +189,10 @@ class Result:
         """Peer ids in at least one chunk, by slot."""
 
     @property
+    def slots(self) -> list[int]:
+        """Slots of the contributors: what they were when the round was made."""
+
+    @property
     def chunk_contributors(self) -> list[list[int]]:
         """Peer ids, for each chunk."""
 

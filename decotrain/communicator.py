@@ -90,8 +90,7 @@ class Communicator:
     @property
     def members(self) -> tuple[MemberInfo, ...]:
         """The installed view, by slot."""
-        rows = self._in_view()
-        return tuple(MemberInfo(peer, slot, active) for peer, slot, active, _ in rows)
+        return tuple(MemberInfo(*row[:3]) for row in self._in_view())
 
     @property
     def view(self) -> tuple[int, int]:
@@ -249,9 +248,16 @@ class Communicator:
         """What the core holds, in the caller's tensors: zeros where nobody contributed."""
         if held.outcome != "stable":
             return self._lost(held.tag)
-        contributors = tuple(held.contributors)
-        result = Result(held.tag, held.seq, "stable", contributors, held.partial, held.digest)
-        result.begun = held.begun
+        result = Result(
+            tag=held.tag,
+            seq=held.seq,
+            outcome="stable",
+            contributors=tuple(held.contributors),
+            partial=held.partial,
+            digest=held.digest,
+            begun=held.begun,
+            slots=tuple(held.slots),
+        )
         if held.elements == 0:
             result.parts = dict(held.parts())
         else:

@@ -45,6 +45,7 @@ class Result:
     tensors: list[Any] = field(default_factory=list)
     parts: dict[int, bytes] = field(default_factory=dict)  # collect: slot -> its bytes
     begun: bool = True  # false: it came to us as an observer, or was missed
+    slots: tuple[int, ...] = ()  # of the contributors
 
     @property
     def tensor(self) -> Any:

@@ -59,6 +59,7 @@ class FakeRun:
         ]
         total = sum(weight for _, _, weight in counted)
         result = Result(tag, seq, "stable", tuple(p for p, _, _ in counted), not counted, 0)
+        result.slots = tuple(p - 1 for p, _, _ in counted)
         if counted and isinstance(counted[0][1], bytes):
             result.parts = {peer - 1: values for peer, values, _ in counted}
         elif counted:
