@@ -6,16 +6,17 @@ default text for the same number of steps of the same number of peers, from the 
 parameters, on the same samples; its loss is that of the outer parameters on held-out text, relative
 to `ddp` with the same seed. Bytes are what all peers sent. `peak_step_bytes` is the most that one
 peer's rounds move within one inner step (encoded, each way): the bandwidth that a link needs when a
-step takes a second. `utilisation` is computing / (computing + waiting), peers waiting for each
-other's turn on the processor included.
+step takes a second. `utilisation` is computing / (computing + waiting); peers that wait for each
+other's turn on the processor are in it, so it is in the JSON and in no table.
 
 `naive delay` (results one round late, nothing else) and `diloco, 30 % dropped` (each contribution
 left out with probability 0.3) are there to compare with.
 
 Options (`--set`): peers=4, steps=1200, every=24, seeds=3, width=160, layers=4, context=64, batch=4,
-lr=3e-3, variants=a;b (names from the table, with options behind them; default: all), data=PATH (default: Python's sources),
-keep=FOLDER (each case's figures are kept there and not measured again: a long run can be stopped
-and can be made in pieces, `variants` and `--seed` at a time, before the one that draws the tables).
+lr=3e-3, variants=a;b (names from the table, with options behind them; default: all), data=PATH
+(default: Python's sources), keep=FOLDER (each case's figures are kept there and not measured again:
+a long run can be stopped and can be made in pieces, `variants` and `--seed` at a time, before the
+one that draws the tables).
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ class Case:
         """What a run of this very case has measured before; else run it, and keep that."""
         if folder is None:
             return self.run()
-        facts = [self.name, self.variant.options, self.seed, self.peers, self.steps, self.every, self.batch,
-                 repr(self.config), repr(self.inner), self.corpus.source]  # fmt: skip
+        facts = [self.name, self.variant.options, self.seed, self.peers, self.steps, self.every,
+                 self.batch, repr(self.config), repr(self.inner), self.corpus.source]  # fmt: skip
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         path = folder / f"{key}.json"
         if path.is_file():
@@ -298,7 +299,12 @@ def run(settings: Settings) -> Report:
         f" {case.batch} x {case.config.context} bytes each, a round every {case.every}"
         f" ({case.steps // case.every} rounds), {seeds} seeds from {settings.seed}."
     )
-    # Utilisation is in the JSON: with more peers than cores it says more of the cores than of us.
+    report.note(
+        "peak_step_kilobytes is the most that one peer moves each way in any one inner step: in any"
+        " one second, when a step takes one. The part of the time that peers compute is in the JSON"
+        " only: here they are threads that wait for each other's turn on the processor, and it says"
+        " more of that than of the links. `python -m bench wan-utilisation` measures it on links."
+    )
     columns = ["held_out_nats", "over_ddp_percent", "sent_megabytes", "peak_step_kilobytes"]
     report.table("all", columns)
     report.plot("loss", "variant", "held_out_nats", title="Held-out loss of the outer parameters")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from copy import deepcopy
 from typing import Any
 
@@ -20,6 +22,8 @@ from decotrain.outer import (
     OuterOptimizer,
     make,
 )
+from decotrain.outer.background import in_background
+from decotrain.outer.update import SPAN_ELEMENTS
 from tests.fake_comm import WAIT_S, FakeRun
 from tests.outer_runs import (
     Trained,
@@ -347,3 +351,24 @@ def test_schedule_is_a_function_of_the_global_step() -> None:
     assert sent == {30: (0, 1), 60: (0, 2), 90: (0, 3), 120: (0, 4)}
     assert [schedule.sent_at(0, k) for k in (1, 2, 3, 4)] == list(sent)
     assert schedule.fragments(["a", "b"]) == [["a", "b"]]
+
+
+def test_an_outer_step_leaves_the_interpreter_to_the_trainer() -> None:
+    """Span by span, and within a span: nobody is made to give way here, so what the trainer's
+    thread sees in between it sees because the step lets go of the GIL."""
+    spans = 16
+    update, elements = Nesterov(0.7, 0.9), spans * SPAN_ELEMENTS
+    theta, delta, m = torch.zeros(elements), torch.ones(elements), torch.zeros(elements)
+    seen: set[int] = set()
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        done = in_background(lambda: update.apply(theta, delta, {"momentum": m}, 3), "a step")
+        while not done.done():
+            seen.add(int(torch.count_nonzero(m[::SPAN_ELEMENTS])))
+            time.sleep(0)  # lets go of the GIL, once
+    finally:
+        sys.setswitchinterval(interval_s)
+    done.result()
+    assert torch.equal(m, delta)
+    assert len(seen - {0, spans}) >= 3, f"spans done, as the trainer saw it: {sorted(seen)}"
