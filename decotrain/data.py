@@ -4,7 +4,8 @@
   (training part, held-out part) and memory-maps them. What is held out is fixed by hash.
 - `Order` maps a global sample number to one of n places: a seeded permutation, another one in each
   epoch; `SampleOrder` to the start of a window of a text. They know nothing of peers.
-- `first_sample` is the seam for membership: which samples of that order belong to a step and peer.
+- `first_sample` is for who draws by step and slot (fine-tuning); outer optimizers agree who trains
+  on what (decotrain/outer/allotment.py).
 
 A sample is `context + 1` bytes. Nothing here tokenises, and nothing is random but by seed.
 """
@@ -276,7 +277,7 @@ def first_sample(step: int, lane: int, samples_each: int, lanes: int = LANES) ->
 
     A lane belongs to one peer: no two of them ever draw the same sample of an epoch, and nobody's
     samples move when another one comes or goes. (What belongs to a lane that nobody has is left
-    out of that epoch; with a trainer's number as its lane, through all its lives, that is little.)
+    out of that epoch.)
     """
     assert 0 <= lane < lanes
     return (step * lanes + lane) * samples_each

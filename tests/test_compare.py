@@ -79,6 +79,14 @@ def test_points_of_a_run(run: Written) -> None:
     assert found.utilisation == pytest.approx(0.2)
 
 
+def test_tokens_are_those_that_counted(run: Written) -> None:
+    """A peer was away for the first half."""
+    run.add("mean", 1.0, round=1, step=10, loss=3.0, tokens=4000, peers=1)
+    run.add("mean", 0.0, round=2, step=20, loss=2.5, tokens=8000, peers=2)
+    run.add("mean", 0.0, step="much", tokens=None)
+    assert [p.tokens for p in compare.read(run.folder).points] == [4000.0, 12000.0]
+
+
 def test_bytes_of_a_peer_that_came_back_add_up(run: Written) -> None:
     run.add("start", 1.0, peer="p2", step=20)
     run.add("round", 5.0, peer="p2", step=30, sent_bytes=700)

@@ -6,11 +6,12 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from decotrain.train.metrics import Journal, RunLog, Tail
+from decotrain.train.metrics import Journal, RoundMeans, RunLog, Tail
 from decotrain.train.summary import Summary, describe, per_step_bytes
 from decotrain.train.table import Board, PeerRow, View, draw, headline
 from decotrain.units import size
@@ -63,6 +64,60 @@ def test_the_log_of_a_run_has_lines_and_scalars(tmp_path: Path) -> None:
     found = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "peer-1"))
     found.Reload()
     assert [(s.step, s.value) for s in found.Scalars("loss")] == [(10, 2.0), (20, 1.0)]
+
+
+def line(number: int, contributors: int, tokens: int, loss: float) -> dict[str, Any]:
+    return {"event": "round", "round": number, "step": 10 * number, "contributors": contributors,
+            "counted_tokens": tokens, "counted_loss": loss}  # fmt: skip
+
+
+def test_the_loss_of_a_round_is_that_of_the_tokens_that_counted_in_it() -> None:
+    means = RoundMeans()
+    assert means.take(line(1, 2, 100, 3.0)) == []
+    (first,) = means.take(line(1, 2, 300, 2.0))
+    assert first == {"round": 1, "step": 10, "loss": 2.25, "tokens": 400, "peers": 2}
+    # A third one observes, and is waived: it is in no mean until it is counted, with all it has.
+    assert means.take(line(2, 2, 0, 0.0)) == []
+    assert means.take(line(2, 2, 100, 2.0)) == []
+    (second,) = means.take(line(2, 2, 100, 1.0))
+    assert (second["loss"], second["peers"]) == (1.5, 2)
+    for tokens, loss in ((100, 1.0), (100, 1.0)):
+        assert means.take(line(3, 3, tokens, loss)) == []
+    (third,) = means.take(line(3, 3, 600, 2.0))
+    assert (third["loss"], third["tokens"], third["peers"]) == (1.75, 800, 3)
+
+
+def test_a_round_is_told_without_who_died_before_it_spoke() -> None:
+    means = RoundMeans()
+    assert means.take(line(1, 3, 100, 3.0)) == []
+    assert means.take(line(1, 3, 100, 2.0)) == []
+    assert means.take(line(2, 2, 100, 2.0)) == []
+    assert [one["round"] for one in means.take(line(2, 2, 100, 2.0))] == [1, 2]
+    assert means.take(line(1, 3, 100, 9.0)) == [], "told twice"
+
+
+def test_means_go_on_when_everybody_starts_again_from_what_was_saved() -> None:
+    means = RoundMeans()
+    for number in range(1, 9):
+        assert means.take(line(number, 1, 100, 1.0))
+    assert means.take({"event": "start", "round": 8, "step": 80}) == []
+    assert means.take(line(8, 1, 100, 1.0)) == []
+    assert means.take({"event": "start", "round": 4, "step": 40}) == []
+    assert [one["round"] for one in means.take(line(5, 1, 100, 1.0))] == [5]
+
+
+def test_the_log_has_the_means_of_the_run(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    log = RunLog(tmp_path)
+    log.mean({"round": 1, "step": 10, "loss": 2.25, "tokens": 400, "peers": 2})
+    log.close()
+    (told,) = [json.loads(one) for one in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (told["event"], told["loss"]) == ("mean", 2.25)
+    found = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "run"))
+    found.Reload()
+    assert [(s.step, s.value) for s in found.Scalars("loss")] == [(10, 2.25)]
 
 
 def test_the_board_names_who_is_lost_and_counts_all_bytes() -> None:

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from decotrain.outer.allotment import Allotment
+
 
 class Fragment:
     """theta (outer parameters), buffers, and which parameters of the model they belong to."""
@@ -45,6 +47,7 @@ class Fragment:
         self.theta = worked["theta"]
         self.buffers = {name: worked[name] for name in buffer_names}
         self.scalars = {name: torch.zeros(1, dtype=torch.float64) for name in scalar_names}
+        self.allotment: Allotment | None = None  # of samples; the first fragment has it
         self.started = torch.zeros(1, dtype=torch.int64)  # version after the broadcast; 0: not yet
         # ours
         self.base = torch.empty_like(self.theta)  # what pseudo-gradients are measured from
@@ -58,7 +61,8 @@ class Fragment:
     @property
     def state(self) -> dict[str, Tensor]:
         """What is shared, where it is served from."""
-        return {**self.served, "started": self.started, **self.scalars}
+        state = {**self.served, "started": self.started, **self.scalars}
+        return state if self.allotment is None else state | {"allotted": self.allotment.tensor}
 
     def push(self) -> None:
         """The outer step was made on the device: served is what it gave."""

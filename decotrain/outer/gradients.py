@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError
 from decotrain.outer import saved
+from decotrain.outer.allotment import Allotment
 from decotrain.outer.codec import CodecChoice, Contribution
 from decotrain.outer.optimizer import check_optimizers
 from decotrain.rounds import Work
@@ -77,6 +78,7 @@ class GradientAveraging:
         *,
         codec: CodecChoice,
         bucket_elements: int = BUCKET_ELEMENTS,
+        epoch_portions: int = 0,
         state: dict[str, Any] | None = None,
     ) -> None:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -86,6 +88,9 @@ class GradientAveraging:
         for one in self.optimizers:
             _make_state(one)
         self._collect_state()
+        self.allotment = Allotment(epoch_portions, carry=False)
+        self.buckets[0].state["allotted"] = self.allotment.tensor
+        self._slots: tuple[int, ...] = ()  # of the first bucket's contributors in this step
         kept = {b.tag: codec.new_residual(b.values) for b in self.buckets}
         self.residuals = {tag: one for tag, one in kept.items() if one is not None}
         self.global_step = 0
@@ -194,6 +199,8 @@ class GradientAveraging:
                 self.comm.catch_up(bucket.tag, None, wait=True)
                 continue
             self.last_contributors = tuple(result.contributors)
+            if bucket is self.buckets[0]:
+                self._slots = result.slots
         self._averaged = True
         self.sync_s += time.perf_counter() - started_s
 
@@ -204,6 +211,8 @@ class GradientAveraging:
             for bucket in self.buckets:
                 if self._rounds(bucket) == self.global_step:  # else it was fetched
                     self._updating.enter_context(self.comm.updating(bucket.tag))
+                    if bucket is self.buckets[0]:
+                        self.allotment.count(self._slots)
 
     def _after_update(self, done: torch.optim.Optimizer) -> None:
         self._stepped.add(id(done))

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError
 from decotrain.outer import saved
+from decotrain.outer.allotment import Allotment
 from decotrain.outer.background import in_background
 from decotrain.outer.codec import Codec, CodecChoice, Contribution
 from decotrain.outer.flight import Flight, Landed
@@ -65,6 +66,7 @@ class OuterOptimizer:
         codec: Codec | None = None,
         merge: Merge | None = None,
         device: torch.device | str | None = None,
+        epoch_portions: int = 0,  # of samples, for who draws them by `allotment`
         state: dict[str, Any] | None = None,
     ) -> None:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -81,6 +83,8 @@ class OuterOptimizer:
             Fragment(tag, {n: trained[n] for n in names}, update.buffers, update.scalars, device)
             for tag, names in enumerate(schedule.fragments(list(trained)))
         ]
+        self.allotment = Allotment(epoch_portions)
+        self.fragments[0].allotment = self.allotment  # its rounds say who contributed
         kept = {f.tag: self.codec.new_residual(f.theta) for f in self.fragments}
         self.residuals = {tag: one for tag, one in kept.items() if one is not None}
         self.global_step = 0
@@ -340,6 +344,8 @@ class OuterOptimizer:
             theta.copy_(value)
             fragment.started.fill_(result.seq + 1)
         else:
+            if fragment.allotment is not None:
+                fragment.allotment.count(result.slots)
             state = {**state, **fragment.scalars}
             self.update.apply(theta, value.to(theta.device), state, len(result.contributors))
 

@@ -185,10 +185,12 @@ def make(
     comm: Communicator,
     *,
     device: torch.device | str | None = None,
+    epoch_portions: int = 0,
     state: dict[str, Any] | None = None,
     **options: Any,
 ) -> OuterOptimizer | GradientAveraging:
-    """The outer optimizer of that name, with options of its own. device: see OuterOptimizer."""
+    """The outer optimizer of that name, with options of its own. device, state: see
+    OuterOptimizer; epoch_portions: see Allotment."""
     known = options_of(name)
     for option in options:
         if option not in known:
@@ -196,6 +198,9 @@ def make(
     if name == "ddp":
         if device is not None:
             raise ConfigError("ddp has no outer state to put on a device; leave device= out")
-        return GradientAveraging(model, optimizer, comm, **ddp(**options), state=state)
-    choices = PRESETS[name](**options)
-    return OuterOptimizer(model, optimizer, comm, **choices, device=device, state=state)
+        choices = ddp(**options)
+        return GradientAveraging(
+            model, optimizer, comm, **choices, epoch_portions=epoch_portions, state=state
+        )
+    choices = PRESETS[name](**options) | {"device": device, "epoch_portions": epoch_portions}
+    return OuterOptimizer(model, optimizer, comm, **choices, state=state)

@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Point:
 
     step: int
     loss: float  # nats for each byte
-    tokens: float  # of that many steps of every peer; not those of waived contributions
+    tokens: float  # that counted, by all peers (in older logs: of that many steps of every peer)
     sent_bytes: float
     seconds: float  # of wall-clock time, without pauses before a resume
 
@@ -89,6 +89,7 @@ class _Reader:
         self.sent: dict[str, float] = {}  # by peer, of its present incarnation
         self.sent_before = 0.0
         self.seconds = 0.0
+        self.counted: list[tuple[int, float]] = []  # (step, tokens) of rounds
         self.told_s: float | None = None  # None: the time until the next event is a pause
         self.ended = True  # between two launches
 
@@ -104,6 +105,9 @@ class _Reader:
         if peer:
             self.run.sent_bytes = self.sent_before + sum(self.sent.values())
             self.run.seconds = self.seconds
+        step, tokens = event.get("step"), event.get("tokens")
+        if kind == "mean" and isinstance(step, int) and isinstance(tokens, int | float):
+            self.counted.append((step, tokens))
         if kind == "evaluation":
             self._point(event.get("step"), event.get("held_out"))
         if kind in ENDS:
@@ -115,6 +119,7 @@ class _Reader:
         self.sent_before += self.sent.pop(peer, 0.0)
         if self.ended or step == 0:
             self.run.points = [point for point in self.run.points if point.step <= step]
+            self.counted = [one for one in self.counted if one[0] <= step]
         if self.ended and step == 0:
             self.sent, self.sent_before, self.seconds, self.told_s = {}, 0.0, 0.0, None
             self.run.utilisations.clear()
@@ -130,6 +135,14 @@ class _Reader:
         if isinstance(step, int) and isinstance(loss, int | float):
             tokens = step * self.tokens_of_step
             self.run.points.append(Point(step, loss, tokens, self.run.sent_bytes, self.seconds))
+
+    def finish(self) -> None:
+        """Tokens as they counted, where the log says so: peers may have come and gone."""
+        if self.counted:
+            self.run.points = [
+                replace(p, tokens=sum(tokens for step, tokens in self.counted if step <= p.step))
+                for p in self.run.points
+            ]
 
 
 def _time_s(event: Event) -> float:
@@ -151,6 +164,7 @@ def read(folder: Path) -> Run:
         ) from None
     for event in sorted(Tail(folder / "events.jsonl", whole=True).read(), key=_time_s):
         reader.take(event)
+    reader.finish()
     if not run.points:
         raise FileError(
             f"{folder} holds no evaluation yet (a run makes one every few rounds: every.evaluation)"

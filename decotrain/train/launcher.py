@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from decotrain.errors import ConfigError, Error
 from decotrain.train import control_link
-from decotrain.train.metrics import RunLog, Tail
+from decotrain.train.metrics import RoundMeans, RunLog, Tail
 from decotrain.train.processes import (
     Child,
     describe_exit,
@@ -86,7 +86,7 @@ class Launcher:
     def run(self) -> int:
         """The exit code: 0, or 130 when the user ended it."""
         self._prepare()
-        self.log = RunLog(self.folder)
+        self.log, self.means = RunLog(self.folder), RoundMeans()
         self.board = self.job.board({name: PeerRow(name) for name in self.names})
         # SIGINT too: a shell that starts us in the background has it ignored.
         handlers = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -185,6 +185,9 @@ class Launcher:
             for event in tail.read():
                 self.log.take(name, event)
                 self.board.take(name, event)
+                for mean in self.means.take(event):
+                    self.log.mean(mean)
+                    self.board.loss = mean["loss"]
 
     def _on_exit(self, name: str, child: Child) -> None:
         """A peer's process is gone: finished, wrong from the start, or lost."""

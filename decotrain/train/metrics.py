@@ -2,6 +2,7 @@
 
 - `Journal`: one JSON object for each line, appended and flushed, by one process.
 - `Tail`: what others have appended to a journal since the last look; half lines wait.
+- `RoundMeans`: what peers say of a round, as one figure of the run.
 - `RunLog`: everything that happened in a run, in one JSONL file and as TensorBoard scalars.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 Event = dict[str, Any]
 LINE_BYTES_MAX = 1 << 20
+LATE_ROUNDS = 2  # further than a round: who has not spoken of it will not
 
 
 class Journal:
@@ -66,6 +68,50 @@ class Tail:
                 yield event
 
 
+class RoundMeans:
+    """The training loss of each round, over all tokens that its mean of parameters was made from.
+
+    Each peer that contributed says how many tokens its contribution held and their mean loss; who
+    was not counted says so, and tells of those tokens with the contribution that counts. Thus the
+    figure means the same however many peers there are. A round is told when all of its contributors
+    have spoken, or when somebody is two rounds further (one of them died).
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[int, list[Event]] = {}  # round -> lines of those who contributed
+        self._told = -1
+
+    def take(self, event: Event) -> list[Event]:
+        """Rounds that are complete by now: round, step, loss, tokens, peers."""
+        number, tokens = event.get("round"), event.get("counted_tokens")
+        if not isinstance(number, int):
+            return []
+        if event["event"] == "start" and number < self._told - LATE_ROUNDS:
+            self._open, self._told = {}, number  # everybody goes on from what was saved
+        if event["event"] != "round":
+            return []
+        if isinstance(tokens, int | float) and tokens > 0 and number > self._told:
+            self._open.setdefault(number, []).append(event)
+        due = [
+            one for one, lines in sorted(self._open.items())
+            if one <= number - LATE_ROUNDS or len(lines) >= int(lines[-1].get("contributors", 0))
+        ]  # fmt: skip
+        return [self._mean(one) for one in range(self._told + 1, max(due, default=-1) + 1)
+                if one in self._open]  # fmt: skip
+
+    def _mean(self, number: int) -> Event:
+        lines = self._open.pop(number)
+        self._told = number
+        tokens = sum(line["counted_tokens"] for line in lines)
+        return {
+            "round": number,
+            "step": int(lines[0].get("step", 0)),
+            "loss": sum(x["counted_loss"] * x["counted_tokens"] for x in lines) / tokens,
+            "tokens": tokens,
+            "peers": len(lines),
+        }
+
+
 class RunLog:
     """The log of a run. TensorBoard is imported when the first scalar comes."""
 
@@ -93,6 +139,12 @@ class RunLog:
         for key in self.SCALARS:
             if isinstance(event.get(key), int | float):
                 self._writer(peer).add_scalar(key, event[key], step, event.get("time_s"))
+
+    def mean(self, figures: Event) -> None:
+        """A round's figures over all who contributed: `run` in TensorBoard."""
+        self._journal.write("mean", **figures)
+        for key in ("loss", "tokens", "peers"):
+            self._writer("run").add_scalar(key, figures[key], figures["step"])
 
     def _writer(self, peer: str) -> Any:
         if peer not in self._writers:

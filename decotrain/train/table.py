@@ -59,6 +59,7 @@ class Board:
     events: deque[str] = field(default_factory=lambda: deque(maxlen=100))
     started_s: float = field(default_factory=time.monotonic)
     notes: int = 0  # events ever
+    loss: float = math.nan  # of the last round, over all tokens that counted in it
     reference: str = "unigram"  # what unigram_nats is, in a word
     accuracy: float = math.nan  # on the held-out part, of a run that classifies
 
@@ -117,6 +118,8 @@ def headline(board: Board) -> str:
     ]
     if board.rounds != board.steps:
         parts.append(f"round {max(row.round for row in board.rows.values())}/{board.rounds}")
+    if not math.isnan(board.loss):
+        parts.append(f"train loss {board.loss:.3f}")
     if board.held_out:
         parts.append(
             f"held-out {board.held_out[-1][1]:.3f} nats"

@@ -15,15 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from decotrain import checkpoint
 from decotrain.communicator import Communicator
-from decotrain.data import LANES, Batches, Corpus, SampleOrder, open_corpus
+from decotrain.data import Corpus, Numbers, SampleOrder, open_corpus, windows
 from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
 from decotrain.outer import GradientAveraging, OuterOptimizer, make
+from decotrain.outer.allotment import Portions
 from decotrain.outer.presets import options_of
 from decotrain.train import peer
 from decotrain.train.inner import make_optimizers, set_rates
@@ -61,35 +63,39 @@ def held_out_loss(model: nn.Module, corpus: Corpus, context: int, windows: int) 
 class Trainer:
     """What one peer holds while it trains."""
 
+    portions: Portions  # of the run's samples, ours; none when it trains alone
+
     def __init__(self, settings: Settings, folder: Path, peer: str, journal: Journal) -> None:
         self.settings, self.folder, self.peer, self.journal = settings, folder, peer, journal
         self.corpus = open_corpus(settings.data.path, settings.model.context)
         context = settings.model.context
         self.order = SampleOrder(len(self.corpus.train), context, settings.seed)
-        if peer == ALONE:
-            self.use_lane(0, 1)
-        else:
-            self.use_lane(int(peer.rpartition("-")[2]) - 1, settings.peers)
         self.model = make_model(settings)
         self.inner = make_optimizers(self.model, settings.inner)
         self.tokens = settings.batch * context  # of one inner step
         self.told_s = time.perf_counter()
         self.computing_s = self.lr = 0.0  # computing: in inner steps
         self.told_steps = self.steps = 0
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # of steps, since the last line about progress
+        self.uncounted: list[float] = []  # of steps that no counted contribution has carried yet
 
-    def use_lane(self, lane: int, lanes: int) -> None:
-        """Which of the samples of each step are ours."""
-        context, batch = self.settings.model.context, self.settings.batch
-        self.lane = lane
-        self.batches = Batches(self.corpus, self.order, context, batch, lanes)
+    @property
+    def portion(self) -> int:
+        """Samples that a peer trains on between two rounds."""
+        outer = self.settings.outer
+        return self.settings.batch * (1 if outer.preset == "ddp" else outer.sync_every)
 
-    def inner_step(self, global_step: int, outer: Outer | None = None) -> None:
-        """One step of the inner optimizer on one batch."""
+    @property
+    def epoch_portions(self) -> int:
+        return -(-self.order.samples // self.portion)
+
+    def inner_step(self, global_step: int, samples: Numbers, outer: Outer | None = None) -> None:
+        """One step of the inner optimizer on these samples of the run's order."""
         started_s = time.perf_counter()
-        windows = self.batches.at(global_step, self.lane)
+        starts = self.order.starts(samples)
+        texts = windows(self.corpus.train, starts, self.settings.model.context)
         self.lr = set_rates(self.inner, global_step, self.settings.steps, self.settings.inner)
-        loss = loss_of(self.model, torch.from_numpy(windows))
+        loss = loss_of(self.model, torch.from_numpy(texts))
         loss.backward()  # type: ignore[no-untyped-call]
         if isinstance(outer, GradientAveraging):
             waited_s = outer.sync_s
@@ -100,6 +106,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.losses.append(loss.item())
+        self.uncounted.append(self.losses[-1])
         self.steps += 1
         self.computing_s += time.perf_counter() - started_s
 
@@ -160,9 +167,9 @@ class Trainer:
 
 def train_alone(trainer: Trainer) -> None:
     """One peer without others: the same number of steps, no rounds."""
-    settings = trainer.settings
+    settings, batch = trainer.settings, trainer.settings.batch
     for step in range(settings.steps):
-        trainer.inner_step(step)
+        trainer.inner_step(step, np.arange(step * batch, (step + 1) * batch))
         if trainer.due:
             trainer.progress(step + 1)
     trainer.save(trainer.folder / "checkpoints" / trainer.peer, settings.rounds, None)
@@ -182,6 +189,7 @@ def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Out
         options["error_feedback"] = settings.codec.error_feedback
         options["residual"] = settings.codec.residual
     state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
+    options["epoch_portions"] = trainer.epoch_portions
     return make(preset, trainer.model, trainer.inner, comm, state=state, **options)
 
 
@@ -191,16 +199,17 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     place = trainer.folder / "checkpoints" / trainer.peer
     inner_round = trainer.load_inner(place)
     outer = make_outer(trainer, comm, resume)
-    if settings.join:  # launchers elsewhere count their peers from 1, too
-        trainer.use_lane(comm.slot, LANES)
+    trainer.portions = portions = Portions(outer.allotment, trainer.portion)
+    slot = comm.slot
     number = outer.global_step // settings.outer.sync_every
     journal.write(
         "start", step=outer.global_step, round=number, slot=comm.slot, id=comm.peer,
         inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
     while outer.global_step < settings.steps:
-        trainer.inner_step(outer.global_step, outer)
-        outer.step(trainer.tokens)
+        trainer.inner_step(outer.global_step, portions.take(slot, settings.batch), outer)
+        if outer.step(trainer.tokens):
+            slot = comm.slot
         if number != (number := outer.global_step // settings.outer.sync_every):
             _after_round(trainer, comm, outer, place, number)
         if trainer.due:
@@ -218,11 +227,17 @@ def _after_round(
 ) -> None:
     """What `sync_every` steps bring: a line, sometimes an evaluation, sometimes a checkpoint."""
     settings = trainer.settings
+    counted = comm.peer in outer.last_contributors
+    losses, samples = (trainer.uncounted, trainer.portions.uncounted) if counted else ([], [])
     trainer.journal.write(
         "round", step=outer.global_step, round=number, digest=outer.digest(), id=comm.peer,
-        contributors=len(outer.last_contributors), counted=comm.peer in outer.last_contributors,
+        contributors=len(outer.last_contributors), counted=counted,
+        samples=samples, counted_tokens=len(losses) * trainer.tokens,
+        counted_loss=sum(losses) / max(len(losses), 1),
         sent_bytes=comm.figures().get("bytes_out", 0),
     )  # fmt: skip
+    if counted:
+        trainer.uncounted, trainer.portions.uncounted = [], []
     # All peers hold the same outer parameters: one of them measures, another if that one dies.
     ours = outer.last_contributors[:1] == (comm.peer,)
     if ours and (number % settings.every.evaluation == 0 or number >= settings.rounds):

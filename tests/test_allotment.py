@@ -1,0 +1,197 @@
+"""Who trains on which samples: agreed by rounds, nothing skipped and nothing given out twice."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from decotrain.outer import make
+from decotrain.outer.allotment import HELD, SLOTS, Allotment, Portions
+from tests.fake_comm import WAIT_S, FakeRun
+from tests.outer_runs import make_model, run_peers
+
+slots = st.sets(st.integers(0, SLOTS - 1), max_size=6)
+
+
+@given(st.lists(slots, max_size=80), st.integers(0, 300), st.booleans())
+@settings(max_examples=60, deadline=None, phases=(Phase.generate,))
+def test_each_portion_is_done_once_or_held_by_one_slot(
+    rounds: list[set[int]], epoch: int, carry: bool
+) -> None:
+    allotment = Allotment(epoch, carry)
+    done: list[int] = []
+    for counted in rounds:
+        before = set(allotment.held.flat)
+        allotment.count(counted)
+        done += sorted(before - set(allotment.held.flat))
+        held = [int(one) for one in allotment.held.flat]
+        assert sorted(done + held) == list(range(allotment.following))
+
+
+@given(st.lists(slots, max_size=40))
+@settings(max_examples=30, deadline=None, phases=(Phase.generate,))
+def test_a_copy_that_starts_in_the_middle_goes_on_alike(rounds: list[set[int]]) -> None:
+    """All that matters is in the tensor: a newcomer fetches it, and follows."""
+    whole, late = Allotment(50), Allotment(50)
+    for number, counted in enumerate(rounds):
+        if number == len(rounds) // 2:
+            late.tensor.copy_(whole.tensor)
+        whole.count(counted)
+        if number >= len(rounds) // 2:
+            late.count(counted)
+    assert not rounds or torch.equal(whole.tensor, late.tensor)
+
+
+class Trainer:
+    """A peer as the rule sees it: it draws, and what it drew counts with its contribution."""
+
+    def __init__(self, allotment: Allotment, slot: int, samples: int) -> None:
+        self.portions, self.slot = Portions(allotment, samples), slot
+        self.drawn: list[int] = []
+
+    def train(self, samples: int) -> None:
+        self.drawn += [int(n) for n in self.portions.take(self.slot, samples)]
+
+
+@st.composite
+def histories(draw: Any) -> list[dict[str, set[int]]]:
+    """Rounds: who is there, whose contribution is waived. Nobody is waived twice in a row, or in
+    its first round: what the rule cannot see."""
+    here = set(range(draw(st.integers(1, 5))))
+    following, rounds, waived_before, ever = len(here), [], set[int](), set[int]()
+    for _ in range(draw(st.integers(1, 40))):
+        gone = draw(st.sets(st.sampled_from(sorted(here)), max_size=1)) if len(here) > 1 else set()
+        here -= gone
+        if following < SLOTS and draw(st.integers(0, 4)) == 0:  # it came at the round's beginning
+            here.add(following)
+            following += 1
+        known = sorted(here & ever)
+        waived = set[int]()
+        if known and len(here) > 1:
+            waived = draw(st.sets(st.sampled_from(known), max_size=1)) - waived_before
+        ever |= here
+        waived_before = waived
+        rounds.append({"here": set(here), "waived": waived})
+    return rounds
+
+
+@given(histories(), st.integers(1, 4), st.integers(700, 900))
+@settings(max_examples=60, deadline=None, phases=(Phase.generate,))
+def test_an_epoch_is_counted_whole_and_once_whoever_comes_and_goes(
+    rounds: list[dict[str, set[int]]], batch: int, epoch: int
+) -> None:
+    """Peers that train a whole portion in each round, and die with one in their hands. (No newcomer
+    comes in the very round in which an epoch's rest is given out: see the module.)"""
+    steps = 3
+    allotment = Allotment(epoch)
+    trainers: dict[int, Trainer] = {}
+    counted: Counter[int] = Counter()
+    for one in rounds:
+        for slot in sorted(one["here"]):
+            trainers.setdefault(slot, Trainer(allotment, slot, steps * batch))
+            for _ in range(steps):
+                trainers[slot].train(batch)
+        contributors = one["here"] - one["waived"]
+        for slot in contributors:
+            counted.update(trainers[slot].drawn)
+            trainers[slot].drawn.clear()
+        allotment.count(contributors)
+    assert max(counted.values(), default=1) == 1, "a sample was counted twice"
+    held = {int(one) for one in allotment.held.flat}
+    for portion in set(range(allotment.following)) - held:
+        first = portion * steps * batch
+        assert all(counted[first + n] for n in range(steps * batch)), f"portion {portion} skipped"
+    last = max(trainers, default=0)  # goes on alone, until the epoch is over
+    while min(int(one) for one in allotment.held.flat) < epoch:
+        if last in rounds[-1]["here"]:
+            trainers[last].train(steps * batch)
+            counted.update(trainers[last].drawn)
+            trainers[last].drawn.clear()
+        allotment.count({last})
+        assert allotment.following < 4 * epoch, "the epoch is never over"
+    samples = epoch * steps * batch
+    if last in rounds[-1]["here"] and last not in rounds[-1]["waived"]:
+        assert all(counted[number] == 1 for number in range(samples))
+
+
+def test_a_peer_that_is_late_with_all_results_trains_on_what_it_has() -> None:
+    allotment = Allotment(0)
+    portions = Portions(allotment, 2)
+    drawn = [list(portions.take(5, 2)) for _ in range(HELD + 1)]
+    assert drawn[0] == drawn[HELD]
+    assert drawn[0] != drawn[1]
+
+
+def test_gradients_that_did_not_count_are_made_again() -> None:
+    allotment = Allotment(0, carry=False)
+    portions = Portions(allotment, 4)
+    first = portions.take(0, 4)
+    allotment.count({1})
+    assert np.array_equal(portions.take(0, 4), first)
+    allotment.count({0, 1})
+    assert not np.array_equal(portions.take(0, 4), first)
+
+
+def test_what_a_silent_slot_had_not_begun_is_not_trained_on_by_it() -> None:
+    """Others were given it: an epoch of few portions is over before the slot comes back."""
+    allotment = Allotment(SLOTS * HELD)
+    portions = Portions(allotment, 2)
+    begun, had = int(allotment.held[0, 0]), int(allotment.held[0, 1])
+    portions.take(0, 1)
+    while had in allotment.held[0]:
+        allotment.count({1})
+    left = [int(n) // 2 for n in portions.take(0, 3)]
+    assert left[0] == begun
+    assert had not in left
+
+
+@pytest.mark.parametrize("name", ["diloco", "streaming", "eager", "sparseloco", "ddp"])
+def test_peers_hold_one_allotment_and_a_newcomer_fetches_it(name: str) -> None:
+    """Over rounds of an optimizer: a peer dies, another comes, and who is there counts on."""
+    run = FakeRun(3)
+    comms = {peer: run.comm(peer) for peer in (1, 2, 3)}
+    reached, joined = threading.Barrier(3), threading.Event()
+    steps = 12
+
+    def body(peer: int) -> Any:
+        if peer == 4:
+            reached.wait(WAIT_S)
+            comms[4] = run.comm(4)
+        model = make_model(peer)
+        inner = torch.optim.SGD(model.parameters(), lr=0.01)
+        options = {} if name == "ddp" else {"sync_every": 2}
+        if name == "streaming":
+            options |= {"overlap": 0}
+        outer = make(name, model, inner, comms[peer], epoch_portions=1000, **options)
+        if peer == 4:
+            joined.set()
+        while outer.global_step < (6 if peer == 3 else steps):
+            if peer in (1, 2) and outer.global_step == 6 and not joined.is_set():
+                reached.wait(WAIT_S)
+                assert joined.wait(WAIT_S)
+            nn.functional.mse_loss(model(torch.ones(1, 5)), torch.ones(1, 3)).backward()
+            inner.step()
+            inner.zero_grad()
+            outer.step(1.0)
+        outer.finish()
+        if peer == 3:
+            run.remove(3)
+        return outer.allotment.tensor.clone()
+
+    done = run_peers(run, [1, 2, 3, 4], body)
+    assert torch.equal(done[1], done[2])
+    assert torch.equal(done[1], done[4])
+    reference = Allotment(1000, carry=name != "ddp")
+    seen = sorted((seq, r) for (tag, seq), r in run.rounds.items() if tag == 0 and seq)
+    for _, round_ in seen:
+        reference.count(peer - 1 for peer in round_.result.contributors)
+    assert torch.equal(done[1], reference.tensor)
+    assert {3, 4} <= {p for _, r in seen for p in r.result.contributors}
