@@ -94,6 +94,8 @@ def test_a_round_is_told_without_who_died_before_it_spoke() -> None:
     assert means.take(line(2, 2, 100, 2.0)) == []
     assert [one["round"] for one in means.take(line(2, 2, 100, 2.0))] == [1, 2]
     assert means.take(line(1, 3, 100, 9.0)) == [], "told twice"
+    assert means.take(line(3, 3, 100, 2.0)) == []
+    assert [one["round"] for one in means.take(line(5, 3, 100, 2.0))] == [3], "waits for the dead"
 
 
 def test_means_go_on_when_everybody_starts_again_from_what_was_saved() -> None:
