@@ -60,8 +60,8 @@ class Fragment:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What is shared, where it is served from. The allotment is the first by name: so it lies in
-        one piece of a fetch (docs/state.md), and a round that ends meanwhile moves it as a whole."""
+        """What is shared, where it is served from. The allotment is the first by name: so it is in
+        one piece of a fetch (docs/state.md), and a round that ends meanwhile moves it whole."""
         state = {**self.served, "started": self.started, **self.scalars}
         return state if self.allotment is None else state | {"allotted": self.allotment.tensor}
 
