@@ -189,8 +189,8 @@ class Result:
         """Peer ids in at least one chunk, by slot."""
 
     @property
-    def slots(self) -> list[int]:
-        """Slots of the contributors: what they were when the round was made."""
+    def slots(self) -> int:
+        """Of the contributors when the round was made, a bit for each."""
 
     @property
     def chunk_contributors(self) -> list[list[int]]:

@@ -256,7 +256,7 @@ class Communicator:
             partial=held.partial,
             digest=held.digest,
             begun=held.begun,
-            slots=tuple(held.slots),
+            slots=tuple(slot for slot in range(64) if held.slots >> slot & 1),
         )
         if held.elements == 0:
             result.parts = dict(held.parts())

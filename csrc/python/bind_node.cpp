@@ -174,14 +174,6 @@ SlotMask any_contributor(const RoundResult& result) {
   return all;
 }
 
-std::vector<int> slots_in(SlotMask mask) {
-  std::vector<int> out;
-  for (int slot = 0; slot < static_cast<int>(kMaxPeers); ++slot) {
-    if ((mask >> slot & 1) != 0) out.push_back(slot);
-  }
-  return out;
-}
-
 std::vector<std::vector<PeerId>> chunk_contributors(const RoundResult& result) {
   std::vector<std::vector<PeerId>> out;
   for (const SlotMask mask : result.contributors) out.push_back(peers_in(result, mask));
@@ -343,8 +335,8 @@ nb::class_<Held> bind_results(nb::module_& m) {
           [](const Held& h) { return peers_in(*h.result, any_contributor(*h.result)); },
           "Peer ids in at least one chunk, by slot.")
       .def_prop_ro(
-          "slots", [](const Held& h) { return slots_in(any_contributor(*h.result)); },
-          "Slots of the contributors: what they were when the round was made.")
+          "slots", [](const Held& h) { return any_contributor(*h.result); },
+          "Of the contributors when the round was made, a bit for each.")
       .def_prop_ro(
           "chunk_contributors", [](const Held& h) { return chunk_contributors(*h.result); },
           "Peer ids, for each chunk.")
