@@ -108,13 +108,14 @@ void Impl::on_payload(PeerId from, const Header& header, Incoming incoming, doub
 
 namespace {
 
-// Rounds that opened by themselves keep their numbers for our caller; the next one may begin.
-std::uint64_t first_not_open(const Tag& tag) {
-  std::uint64_t seq = tag.next;
-  for (auto one = tag.rounds.find(seq); one != tag.rounds.end(); one = tag.rounds.find(++seq)) {
-    if (!one->second.open) break;
-  }
-  return seq;
+// The last round that others, who have `ahead` open, can be in as long as we lack a DONE that they
+// have. A round that opened by itself keeps its number for our caller; the next one may begin. No
+// more than that: whoever has all DONEs would run ahead alone, and leave us more rounds to end at
+// once than results are kept.
+std::uint64_t last_heard(const Tag& tag, std::uint64_t ahead) {
+  const auto current = tag.rounds.find(tag.next);
+  const bool opened = current != tag.rounds.end() && current->second.open;
+  return tag.next + (opened ? 1 : 0) + ahead;
 }
 
 }  // namespace
@@ -128,7 +129,7 @@ Round* Impl::hear(std::uint32_t tag_id, std::uint64_t seq, const char** why) {
     *why = "the round is settled";
     return found->second.settled ? nullptr : &found->second;
   }
-  if (seq < tag.next || seq > first_not_open(tag) + kMaxAhead) {
+  if (seq < tag.next || seq > last_heard(tag, kMaxAhead)) {
     *why = seq < tag.next ? "the round is settled" : "the round is too far ahead";
     return nullptr;
   }
@@ -338,7 +339,7 @@ Round* Impl::heard_of(const Member& from, const Header& header, const RoundSpec&
   const char* why = "";
   const bool skipped = follow(tag, header.seq, spec.ahead);
   Round* const round = hear(header.tag, header.seq, &why);
-  if (round == nullptr) return nullptr;
+  if (round == nullptr || (!round->open && header.seq > last_heard(tag, spec.ahead))) return nullptr;
   // Frames of it may have been dropped as too far ahead.
   round->parked_lost = round->parked_lost || (skipped && !round->open);
   if (round->known && round->spec_digest != decotrain::spec_digest(spec)) {
