@@ -41,6 +41,7 @@ class _Freeze:
     settle_s: float  # at least
     ask_s: float | None = None  # when
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    generation: int = 0  # highest that a report is of: our record may have been lost since
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Changes:
             return
         if message.peer in freeze.targets:
             freeze.reports[message.peer] = message.report
+            freeze.generation = max(freeze.generation, message.generation)
             if self.c.out.get(message.peer, ("",))[0] == "silent":
                 del self.c.out[message.peer]  # V10: a suspect that answers is none
 
@@ -265,11 +267,8 @@ class Changes:
     def _new_generation(self, freeze: _Freeze, now: float) -> bool:
         """From the most advanced peer that lives. Agreement starts anew."""
         c = self.c
-        reports = {
-            key: report
-            for key, report in freeze.reports.items()
-            if key in c.peers and key not in c.out
-        }
+        here = c.peers.keys() - c.out.keys()
+        reports = {key: report for key, report in freeze.reports.items() if key in here}
         if not reports:
             return False
         survivors = any(report["installed"] for report in reports.values())
@@ -287,13 +286,10 @@ class Changes:
         rounds = ", ".join(
             f"{tag}/{seq}" for tag, seq in sorted(coverage(reports[base]).items())[:8]
         )
-        c.log(
-            "generation",
-            f"{c.record.generation + 1}: no active peer is left; goes on from {c.name(base)}, "
-            f"last rounds held: {rounds or 'none'}",
-            now,
-        )
-        self._install(freeze, candidates, plan, c.record.generation + 1, now)
+        number = 1 + max(c.record.generation, freeze.generation)
+        text = f"{number}: no active peer is left; goes on from {c.name(base)}"
+        c.log("generation", f"{text}, last rounds held: {rounds or 'none'}", now)
+        self._install(freeze, candidates, plan, number, now)
         return True
 
     def _most_advanced(self, reports: Mapping[int, dict[str, Any]]) -> tuple[int, set[int]]:

@@ -271,7 +271,9 @@ class Member:
     def _send_report(self) -> None:
         assert self.report is not None
         self.effects.append(
-            Say(m.Report(self.me.run, self.me.peer, list(self.freeze), self.report))
+            Say(
+                m.Report(self.me.run, self.me.peer, list(self.freeze), self.generation, self.report)
+            )
         )
 
     def _install(self, message: m.Install, now: float) -> None:

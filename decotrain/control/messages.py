@@ -129,6 +129,7 @@ class Report:
     run: Annotated[str, name]
     peer: Annotated[int, peer_id]
     freeze: Annotated[list[int], freeze_id]
+    generation: Annotated[int, u32]
     report: Annotated[dict[str, Any], maps.check_report]
 
 

@@ -129,3 +129,20 @@ def test_a_stalled_coordinator_does_not_suspect_everybody() -> None:
     world.now += 30.0
     world.run(2.0)
     assert world.record.epoch == epoch
+
+
+def test_a_generation_is_none_that_a_peer_was_in_though_the_record_was_lost() -> None:
+    """Else a peer of that number takes the new one for its own and goes on with what it holds
+    (simulator seed 820036)."""
+    world = World(min_peers=1)
+    world.add(1)
+    world.run(1.0)
+    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
+    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
+    world.add(2)
+    world.run(1.0)
+    world.peers[2].member.generation = 3
+    world.peers[1].alive = False
+    world.run(15.0)
+    assert world.agreed() == (2,)
+    assert world.record.generation == 4
