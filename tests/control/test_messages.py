@@ -36,9 +36,8 @@ def changed(path: list[Any], value: Any) -> bytes:
 
 def report_with(**change: Any) -> bytes:
     report = {**empty_report(1), "rounds": [{**ROUND, **change}]}
-    return bytes(
-        msgpack.packb({"t": "report", "run": "r", "peer": 1, "freeze": [1, 1], "report": report})
-    )
+    head = {"t": "report", "run": "r", "peer": 1, "freeze": [1, 1], "generation": 0}
+    return bytes(msgpack.packb({**head, "report": report}))
 
 
 def test_a_message_survives_the_wire() -> None:
