@@ -339,7 +339,8 @@ Round* Impl::heard_of(const Member& from, const Header& header, const RoundSpec&
   const char* why = "";
   const bool skipped = follow(tag, header.seq, spec.ahead);
   Round* const round = hear(header.tag, header.seq, &why);
-  if (round == nullptr || (!round->open && header.seq > last_heard(tag, spec.ahead))) return nullptr;
+  if (round == nullptr || (!round->open && header.seq > last_heard(tag, spec.ahead)))
+    return nullptr;
   // Frames of it may have been dropped as too far ahead.
   round->parked_lost = round->parked_lost || (skipped && !round->open);
   if (round->known && round->spec_digest != decotrain::spec_digest(spec)) {

@@ -146,7 +146,8 @@ class SharedState:
     def behind(self, tag: int) -> bool:
         """Our state lacks rounds: what is computed from it must not be contributed."""
         missed = [held.seq for held in self.missed.get(tag, ())]
-        return self.versions.next(tag, missed).do != "nothing"
+        # A round that we skipped, after an error, moves the state though its caller has no Work.
+        return bool(self.skipped.get(tag)) or self.versions.next(tag, missed).do != "nothing"
 
     def follows(self, held: Any) -> bool:
         """May the result of a round begun here be applied to our state?"""
@@ -163,7 +164,7 @@ class SharedState:
             comm._check_over()
             if shared.view:
                 step = self.versions.next(tag, self.take_missed(tag))
-                if step.do == "nothing":
+                if step.do == "nothing" and not (wait and self.skipped.get(tag)):
                     break
                 if step.do == "discard" or (step.do == "apply" and apply is not None):
                     held = self.missed[tag].popleft()
@@ -171,7 +172,8 @@ class SharedState:
                         self._apply(fragment, held, apply)
                     continue
                 before = -1 if self.versions.void[tag] else fragment.version
-                if self._fetch(tag, fragment) and fragment.version > before:
+                fetch = step.do != "nothing"
+                if fetch and self._fetch(tag, fragment) and fragment.version > before:
                     continue  # else whoever served us has not applied its last results yet
             if not wait:
                 break

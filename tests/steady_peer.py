@@ -73,7 +73,7 @@ class Steady:
                 self.w.view(np.uint32)[self.w.size // 2] ^= 1 << 3
                 digest = zlib.crc32(self.w)
             else:
-                self.buffer[self.buffer.size // 3] = np.nan
+                self.buffer[[1, -1]] = np.nan  # two owners: one of them is another peer
         work = comm.all_reduce(
             self.buffer, tag=TAG, op="sum", state_digest=digest, borrow=self.buffer.nbytes > 2 << 20
         )

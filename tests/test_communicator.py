@@ -324,9 +324,48 @@ def test_only_a_result_that_follows_on_the_state_is_handed_out(
     with join("local") as comm:
         comm.register_state(0, {"w": np.zeros(2, np.float32)}, version=version)
         held = SimpleNamespace(tag=0, seq=seq, outcome="stable")
-        assert comm._shared.follows(held, last_seq) is good
+        if last_seq >= 0:
+            comm._shared.versions.hand_out(0, last_seq)
+        assert comm._shared.follows(held) is good
         behind = seq > version and not good
         assert comm._shared.behind(0) is behind  # then the state is fetched
+
+
+def test_a_round_skipped_after_an_error_comes_before_the_next() -> None:
+    """Its result moves the state: what was computed before it is not of the state that others have.
+    It ends when the others have ended it, so catch_up waits for it."""
+
+    class Skipped:
+        ended = False
+
+        def done(self) -> bool:
+            return self.ended
+
+        def result(self) -> None:
+            return None
+
+    with join("local") as comm:
+        comm.register_state(0, {"w": np.zeros(2, np.float32)})
+        bad = np.array([1.0, np.nan], np.float32)
+        with pytest.raises(NotFiniteError):
+            comm.all_reduce(bad)
+        skipped = comm._shared.skipped[0]
+        assert len(skipped) == 1
+        open_round = Skipped()
+        skipped.append(open_round)
+        applied: list[int] = []
+
+        def apply(result: Any) -> None:
+            with comm.updating(0, result.seq + 1):
+                applied.append(result.seq)
+
+        assert comm.all_reduce(np.ones(2, np.float32)).wait().outcome == "lost"
+        with pytest.raises(WaitTimeoutError):
+            comm.catch_up(0, apply, wait=True, timeout_s=0.3)
+        assert applied == [0]
+        open_round.ended = True
+        comm.catch_up(0, apply, wait=True, timeout_s=5.0)
+        assert comm.all_reduce(np.ones(2, np.float32)).wait().outcome == "stable"
 
 
 def test_the_survivors_of_a_death_agree(coordinator: ServerThread) -> None:

@@ -80,7 +80,11 @@ class Changes:
         freeze = self.freeze
         if freeze is None or tuple(message.freeze) != freeze.number:
             return
-        if message.peer in freeze.targets:
+        known = message.peer in self.c.members() or self.c.peers[message.peer].hello.view
+        if message.report["installed"] and not known:
+            # An old hello, a view that is in no record of ours: what it holds has slots of that view.
+            self.c.send(message.peer, m.AskHello(self.c.record.run, freeze.number[0], message.peer))
+        elif message.peer in freeze.targets:
             freeze.reports[message.peer] = message.report
             freeze.generation = max(freeze.generation, message.generation)
             if self.c.out.get(message.peer, ("",))[0] == "silent":

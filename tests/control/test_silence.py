@@ -146,3 +146,17 @@ def test_a_generation_is_none_that_a_peer_was_in_though_the_record_was_lost() ->
     world.run(15.0)
     assert world.agreed() == (2,)
     assert world.record.generation == 4
+
+
+def test_what_was_in_a_view_of_no_record_is_not_admitted_on_an_old_hello() -> None:
+    """Its report speaks of slots of that view: with another slot what it gave would count twice
+    (simulator seed 669). It is asked who it is, and comes back as a newcomer."""
+    world = World(min_peers=1)
+    world.add(1)
+    world.peers[1].member.view = 5  # its hello is under way, and says that it was in none
+    world.run(3.0)
+    assert world.record is None or not world.record.view
+    assert world.coordinator is not None
+    gone = world.coordinator.gone.get(1)
+    assert gone is not None
+    assert "gone on without it" in gone[0]

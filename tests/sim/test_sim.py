@@ -44,7 +44,7 @@ def test_histories_visit_what_they_are_for() -> None:
     counts: dict[str, int] = {}
     kinds: set[str] = set()
     given_up = 0
-    for seed in range(60):
+    for seed in range(120):
         world = World(seed, trace=lambda line: kinds.add(" ".join(line.split()[1:4])))
         world.run()
         given_up += len(world.checker.given_up)
