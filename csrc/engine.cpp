@@ -206,8 +206,8 @@ void Impl::settle_all() {
     if (round.complete && wanted) tag.closed.insert_or_assign(seq, std::move(round));
     while (tag.closed.size() > tag.kept()) tag.closed.erase(tag.closed.begin());
     tag.rounds.erase(found);
-    // A plan may end as many rounds at once as can be open here: those that we skip as newly active,
-    // those that others have begun since, and one that opened by itself.
+    // A plan may end as many rounds at once as can be open here: those that we skip as newly
+    // active, those that others have begun since, and one that opened by itself.
     const std::size_t most = std::max(options.missed_rounds, 2 * tag.kept() + 1);
     std::size_t missed = 0, missed_bytes = 0;
     for (const auto& [number, result] : tag.results) {

@@ -82,7 +82,7 @@ class Changes:
             return
         known = message.peer in self.c.members() or self.c.peers[message.peer].hello.view
         if message.report["installed"] and not known:
-            # An old hello, a view that is in no record of ours: what it holds has slots of that view.
+            # An old hello, a view that is in no record: what it holds speaks of that view's slots.
             self.c.send(message.peer, m.AskHello(self.c.record.run, freeze.number[0], message.peer))
         elif message.peer in freeze.targets:
             freeze.reports[message.peer] = message.report
