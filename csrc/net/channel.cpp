@@ -159,6 +159,13 @@ void Channel::choose_congestion(const std::string& name) {
                    static_cast<socklen_t>(name.size()));
 }
 
+bool fearless(const std::string& congestion) {
+  Channel probe(Fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)), false);
+  if (congestion.empty() || !probe) return false;
+  probe.choose_congestion(congestion);
+  return probe.congestion() == congestion && !probe.fears_loss();
+}
+
 void Channel::restart_control() {
   const std::string name = congestion();
   choose_congestion(

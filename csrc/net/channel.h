@@ -113,6 +113,9 @@ struct SocketOptions {
   bool pace = true;                // a long path: see Pacer
 };
 
+// A control that does not slow down at lost packets, and that this process may choose.
+bool fearless(const std::string& congestion);
+
 // Every function gives an empty Fd and sets errno on failure.
 Fd listen_on(const Address& address);
 Fd start_connect(const Address& address, const SocketOptions& options);

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cstring>
 #include <span>
+#include <utility>
 
 #include "net/mesh.h"
 
@@ -13,7 +14,7 @@ namespace {
 constexpr std::size_t kFramesPerWrite = 16;
 constexpr std::size_t kGatherBytes = 256 << 10;     // small frames share a system call up to this
 constexpr std::size_t kLargeFrameBytes = 64 << 10;  // worth timing
-constexpr std::size_t kBulkBytes = 8 << 10;         // in one turn: payloads, not words
+constexpr std::size_t kBulkBytes = 64 << 10;        // in one turn: more than a small round has
 constexpr double kPause_s = 0.5;
 constexpr int kTurnsPerServe = 4;  // system calls for one stream before others have their turn
 
@@ -333,14 +334,23 @@ bool Mesh::refill(Stream& s) {
     push_back(s, std::move(out));
   }
   s.frame_started = now();
-  if (bytes >= kBulkBytes) {
+  if (bytes >= kBulkBytes) start_bulk(s, *link);
+  return !s.out.empty();
+}
+
+// Many bytes are about to go. Small rounds are left to the kernel's own control: BBR spreads them
+// over time, at the low rate that it has seen of them.
+void Mesh::start_bulk(Stream& s, const Link& link) {
+  const Clock at = s.frame_started;
+  const bool after_pause = at - std::exchange(s.bulk_at, at) > kPause_s;
+  if (std::exchange(s.chooses, false)) {
+    s.channel.choose_congestion(options_.socket.congestion);
+  } else if (after_pause && link.ceiling > 0.0) {
     // What BBR knows is from before the pause: it would stop in the middle of a round to measure
     // the delay again, and begin at what a few words in the pause carried. The ceiling is what to
     // trust.
-    if (link->ceiling > 0.0 && s.frame_started - s.bulk_at > kPause_s) s.channel.restart_control();
-    s.bulk_at = s.frame_started;
+    s.channel.restart_control();
   }
-  return !s.out.empty();
 }
 
 bool Mesh::next_for(Link& link, OutFrame& frame) {

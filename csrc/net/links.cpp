@@ -320,9 +320,7 @@ void Mesh::suit_path(Link& link, Stream& s) {
   if (link.rtt_s == 0.0) link.rtt_s = rtt_s;
   if (rtt_s >= kGrowthMinRtt_s) {
     s.channel.limit_unsent(options_.socket.long_notsent_bytes);
-    if (!options_.socket.congestion.empty()) {
-      s.channel.choose_congestion(options_.socket.congestion);
-    }
+    s.chooses = !options_.socket.congestion.empty();
   }
   // Megabytes between two sockets of one host leave the cache on their way (measured: a quarter
   // of the processor time of a large round).
@@ -330,7 +328,7 @@ void Mesh::suit_path(Link& link, Stream& s) {
   if (!s.channel.is_unix() && s.local) {
     s.channel.limit_in_flight(options_.socket.local_buffer_bytes);
   }
-  link.fears_loss = s.channel.fears_loss();
+  link.fears_loss = s.channel.fears_loss() && !(s.chooses && bulk_fears_nothing_);
   if (options_.streams != 0) return;
   link.target_streams = std::max(link.target_streams, streams_for(link.rtt_s, link.fears_loss));
 }

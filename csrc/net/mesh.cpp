@@ -42,6 +42,7 @@ Mesh::Mesh(PeerId self, const std::vector<std::string>& listen_to, MeshOptions o
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       wake_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)),
+      bulk_fears_nothing_(fearless(options_.socket.congestion)),
       discard_(kDiscardBytes),
       jitter_(self) {
   if (!options_.tls_key.empty() || options_.pair_keys) {

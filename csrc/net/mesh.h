@@ -211,6 +211,7 @@ class Mesh {
   Moved fill_payload(Stream& s);
   void write_some(Stream& s, Clock now);
   bool refill(Stream& s);
+  void start_bulk(Stream& s, const Link& link);
   static void push_back(Stream& s, Stream::Out out);
   bool next_for(Link& link, OutFrame& frame);
   bool next_routed(Link& link, OutFrame& frame);
@@ -289,6 +290,7 @@ class Mesh {
   Clock uplink_since_ = 0;
   double uplink_bps_ = 0.0;
   PathWatch uplink_watch_;
+  bool bulk_fears_nothing_ = false;  // the control we choose for long paths is BBR, and to be had
   std::vector<MeshEvent> events_;
   std::vector<std::byte> discard_;
   std::mt19937_64 jitter_;

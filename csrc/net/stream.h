@@ -86,8 +86,9 @@ struct Stream {
   bool owes = false;            // bytes of ours are not taken yet, as far as we looked
   std::uint64_t sent_bytes = 0, received_bytes = 0;
   std::int64_t acknowledged_bytes = 0;
-  Clock ping_sent = 0;  // 0: none outstanding
-  Clock bulk_at = 0;    // when payloads last went out
+  Clock ping_sent = 0;   // 0: none outstanding
+  bool chooses = false;  // has a congestion control to choose when many bytes go out
+  Clock bulk_at = 0;     // when they last did
   Clock frame_started = 0;
   double frame_s = 0.0;  // smoothed duration of a large frame
 
