@@ -96,7 +96,7 @@ def test_sharded_parameters_errors_and_tokens(run_dir: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "DECOTRAIN_JOIN": "local"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split().count("well") == 2
+    assert done.stdout.count("well") == 2
 
 
 def test_without_a_process_group_the_error_says_how() -> None:
