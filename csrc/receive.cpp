@@ -339,8 +339,9 @@ Round* Impl::heard_of(const Member& from, const Header& header, const RoundSpec&
   const char* why = "";
   const bool skipped = follow(tag, header.seq, spec.ahead);
   Round* const round = hear(header.tag, header.seq, &why);
-  if (round == nullptr || (!round->open && header.seq > last_heard(tag, spec.ahead)))
-    return nullptr;
+  // An observer has begun none and follows whatever the others are in.
+  const bool far = roles.self_active() && header.seq > last_heard(tag, spec.ahead);
+  if (round == nullptr || (far && !round->open)) return nullptr;
   // Frames of it may have been dropped as too far ahead.
   round->parked_lost = round->parked_lost || (skipped && !round->open);
   if (round->known && round->spec_digest != decotrain::spec_digest(spec)) {
