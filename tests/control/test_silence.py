@@ -6,6 +6,18 @@ from decotrain.control.member import Link
 from tests.control.fakes import World, empty_report, three
 
 
+def one_holder() -> World:
+    """Peer 1 is active and holds rounds that peer 2, which observes, has not got."""
+    world = World(min_peers=1)
+    world.add(1)
+    world.run(1.0)
+    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
+    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
+    world.add(2)
+    world.run(1.0)
+    return world
+
+
 def test_a_silent_peer_is_left_out_within_the_bound() -> None:
     world = three()
     world.peers[3].alive = False
@@ -42,13 +54,7 @@ def test_one_peer_alone_cannot_have_another_doubted() -> None:
 
 
 def test_the_only_active_peer_falsely_suspected_is_asked_again() -> None:
-    world = World(min_peers=1)
-    world.add(1)
-    world.run(1.0)
-    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
-    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
-    world.add(2)
-    world.run(1.0)
+    world = one_holder()
     assert world.agreed() == (1, 2)
     world.cut.add(1)
     world.run(4.0)
@@ -109,13 +115,7 @@ def test_a_coordinator_cut_off_between_freeze_and_reports_waits_for_them() -> No
 
 
 def test_an_active_peer_that_never_answers_costs_a_generation() -> None:
-    world = World(min_peers=1)
-    world.add(1)
-    world.run(1.0)
-    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
-    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
-    world.add(2)
-    world.run(1.0)
+    world = one_holder()
     world.peers[1].alive = False
     world.run(15.0)
     assert world.agreed() == (2,)
@@ -134,13 +134,7 @@ def test_a_stalled_coordinator_does_not_suspect_everybody() -> None:
 def test_a_generation_is_none_that_a_peer_was_in_though_the_record_was_lost() -> None:
     """Else a peer of that number takes the new one for its own and goes on with what it holds
     (simulator seed 820036)."""
-    world = World(min_peers=1)
-    world.add(1)
-    world.run(1.0)
-    stable = {"tag": 0, "state": True, "covered": 3, "stable": []}
-    world.peers[1].report = {**empty_report(0), "declared": True, "tags": [stable]}
-    world.add(2)
-    world.run(1.0)
+    world = one_holder()
     world.peers[2].member.generation = 3
     world.peers[1].alive = False
     world.run(15.0)
