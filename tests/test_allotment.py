@@ -122,12 +122,18 @@ def test_an_epoch_is_counted_whole_and_once_whoever_comes_and_goes(
         assert all(counted[number] == 1 for number in range(samples))
 
 
-def test_a_peer_that_is_late_with_all_results_trains_on_what_it_has() -> None:
+def test_who_is_not_heard_of_begins_its_portions_anew() -> None:
+    """A newcomer that others hear late: no sample is in its first contribution twice."""
     allotment = Allotment(0)
     portions = Portions(allotment, 2)
-    drawn = [list(portions.take(5, 2)) for _ in range(HELD + 1)]
-    assert drawn[0] == drawn[HELD]
-    assert drawn[0] != drawn[1]
+    first = [list(portions.take(5, 2)) for _ in range(HELD)]
+    assert portions.spent(5)
+    portions.begin_anew()
+    assert portions.uncounted == []
+    assert not portions.spent(5)
+    assert [list(portions.take(5, 2)) for _ in range(HELD)] == first
+    allotment.count({5})
+    assert not portions.spent(5)
 
 
 def test_gradients_that_did_not_count_are_made_again() -> None:

@@ -372,3 +372,24 @@ def test_an_outer_step_leaves_the_interpreter_to_the_trainer() -> None:
     done.result()
     assert torch.equal(m, delta)
     assert len(seen - {0, spans}) >= 3, f"spans done, as the trainer saw it: {sorted(seen)}"
+
+
+@pytest.mark.parametrize("name", ["diloco", "streaming", "eager", "sparseloco"])
+def test_progress_that_is_forgotten_moves_nobody(name: str) -> None:
+    """Who begins anew holds the outer parameters, and its next contribution holds nothing older."""
+    run = FakeRun(1)
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = make(name, model, inner, run.comm(1), sync_every=4)
+    for _ in range(6):
+        nn.functional.mse_loss(model(torch.ones(1, 5)), torch.ones(1, 3)).backward()
+        inner.step()
+        inner.zero_grad()
+        outer.step(1.0)
+    outer.finish()
+    outer.begin_anew()
+    theta = torch.cat([fragment.theta for fragment in outer.fragments])
+    local = torch.cat([f.read_local(torch.empty_like(f.theta)) for f in outer.fragments])
+    assert torch.equal(local, theta)
+    assert not any(f.drift(torch.empty_like(f.theta)).any() for f in outer.fragments)
+    assert not any(f.tokens for f in outer.fragments)

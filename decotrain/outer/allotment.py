@@ -11,7 +11,9 @@ and the one after, because results may come a round late.
     a slot falls silent        its portions go to others before anybody gets one of the next epoch
 
 So each number below `following` is done once or held by one slot: no portion is skipped, none is
-given out twice. `Portions` is one peer's own part: how far it is in what its slot was given.
+given out twice. `Portions` is one peer's own part: how far it is in what its slot was given. A
+peer that has used both portions and was not heard of since (a newcomer that is not active yet, one
+that lost rounds) begins anew: it forgets that progress and trains on the same portions once more.
 What the rule cannot see is how many steps a contribution holds. A peer that did fewer than a
 portion has (a newcomer in its first round, a slow one of `delayed_nesterov`) finishes it later, and
 what it had left is lost with it. Nor does it see what was trained on by whom nobody has heard of: a
@@ -107,14 +109,22 @@ class Portions:
         self._slot = NEVER
         self.uncounted: list[list[int]] = []  # [first, end) of samples; the caller clears it
 
+    def spent(self, slot: int) -> bool:
+        """Ahead of all that is agreed: there is nothing to train on before a contribution counts,
+        or its progress is forgotten."""
+        self._look(slot)
+        return not self._queue
+
+    def begin_anew(self) -> None:
+        """The progress that did not count is forgotten: its samples are to be used once more."""
+        self._slot = NEVER
+        self.uncounted = []
+
     def take(self, slot: int, count: int) -> Numbers:
-        """(count,) numbers of the samples to train on now."""
+        """(count,) numbers of the samples to train on now. Not when they are `spent`."""
         self._look(slot)
         parts, left = [], count
         while left:
-            if not self._queue:  # ahead of all that is agreed: what did not count, once more
-                self._had.clear()
-                self._look(slot)
             first = self._queue[0] * self.samples + self._at
             part = min(left, self.samples - self._at)
             parts.append(np.arange(first, first + part, dtype=np.int64))

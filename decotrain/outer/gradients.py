@@ -266,6 +266,9 @@ class GradientAveraging:
     def finish(self) -> None:
         """Nothing is under way between steps."""
 
+    def begin_anew(self) -> None:
+        """Nothing that did not count is kept."""
+
     def rounds(self, tag: int = 0) -> int:
         """Steps that were averaged."""
         return self._rounds(self.buckets[tag])

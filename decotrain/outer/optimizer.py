@@ -362,6 +362,15 @@ class OuterOptimizer:
             self._land(self.fragments[tag])
         self.sync_s += time.perf_counter() - started_s
 
+    def begin_anew(self) -> None:
+        """Forgets the progress that no round has counted: the local parameters are the outer ones.
+        Not for rounds under way: see `finish`."""
+        for fragment in self.fragments:
+            self.merge.forget(fragment)
+            fragment.base.copy_(fragment.theta)
+            fragment.write(fragment.theta)
+            fragment.tokens = 0.0
+
     def settle(self) -> None:
         """Waits until theta holds every round that was sent; the local parameters stay."""
         for flight in self._flights.values():

@@ -207,6 +207,12 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
         inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
     while outer.global_step < settings.steps:
+        if portions.spent(slot):
+            outer.finish()  # what is under way may count
+            if portions.spent(slot):
+                outer.begin_anew()
+                portions.begin_anew()
+                trainer.uncounted = []
         trainer.inner_step(outer.global_step, portions.take(slot, settings.batch), outer)
         if outer.step(trainer.tokens):
             slot = comm.slot
