@@ -315,6 +315,7 @@ class Communicator:
         apply: Callable[[Result], None] | None,
         *,
         wait: bool = False,
+        fetch: bool = True,
         timeout_s: float | None = None,
     ) -> int:
         """Bring the tag's state up to where the others are; returns its version.
@@ -323,11 +324,13 @@ class Communicator:
         its own: `with comm.updating(tag): ...`). When they are gone or no use (None), or we are new
         here, the state is fetched from the others into the registered tensors. Call it before each
         begin of the tag. Without `wait` it does what it can now; with it, it returns when the tag
-        is current. When every registered tag is current an observing peer asks to be active.
+        is current. Without `fetch` it only gives what waits here: for who has rounds in flight, and
+        may hold the next result already. When every registered tag is current an observing peer
+        asks to be active.
         """
         self._be_ready()
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        return self._shared.catch_up(tag, apply, wait, deadline_s)
+        return self._shared.catch_up(tag, apply, wait, deadline_s, fetch)
 
     @property
     def fresh(self) -> bool:

@@ -117,7 +117,8 @@ class Work:
             if self.tag in comm._shared.fragments:
                 return comm._lost(self.tag)
             held = comm._shared.next_missed(self.tag)
-        if not comm._shared.follows(held):
+        gone = self._incarnation != comm._agent.shared.incarnation  # its branch may be no more
+        if (gone and self.tag in comm._shared.fragments) or not comm._shared.follows(held):
             return comm._lost(self.tag)
         # What nobody has broadcast this time may be ours to broadcast next.
         return comm._result(held, self._out, keep_own=self._again is not None)

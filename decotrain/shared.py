@@ -156,7 +156,12 @@ class SharedState:
         return self.versions.follows(held.tag, held.seq)
 
     def catch_up(
-        self, tag: int, apply: Callable[[Result], None] | None, wait: bool, deadline_s: float
+        self,
+        tag: int,
+        apply: Callable[[Result], None] | None,
+        wait: bool,
+        deadline_s: float,
+        fetch: bool = True,
     ) -> int:
         comm, fragment = self.comm, self.fragment(tag)
         shared = comm._agent.shared
@@ -172,8 +177,8 @@ class SharedState:
                         self._apply(fragment, held, apply)
                     continue
                 before = -1 if self.versions.void[tag] else fragment.version
-                fetch = step.do != "nothing"
-                if fetch and self._fetch(tag, fragment) and fragment.version > before:
+                lacking = fetch and step.do != "nothing"
+                if lacking and self._fetch(tag, fragment) and fragment.version > before:
                     continue  # else whoever served us has not applied its last results yet
             if not wait:
                 break

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
+import torch
+from torch import nn
 
-from decotrain.spsa import history
+from decotrain.spsa import SPSA, history
 from decotrain.spsa.history import History, records_from
 from decotrain.spsa.record import Record
 from tests.test_spsa_real import LEVELS, Fleet, check, fleet  # noqa: F401 - a fixture
@@ -83,3 +86,23 @@ def test_a_newcomer_replays_and_its_log_begins_with_the_base(
     lines = (fleet.folder / "late.txt").read_text().splitlines()
     assert lines[-2] == "fetches 0"
     assert int(lines[-1].removeprefix("shortcuts ")) >= 1
+
+
+def test_records_that_a_fetch_brought_are_not_replayed_again() -> None:
+    """The parameters come whole, the others are further already, and their history is looked at."""
+    torch.manual_seed(1)
+    base = nn.Linear(4, 3)
+    ahead, late = (SPSA(copy.deepcopy(base), lr=0.1, samples=2) for _ in range(2))
+    for spsa, steps in ((ahead, 5), (late, 3)):
+        for _ in range(steps):
+            spsa.step(lambda spsa=spsa: spsa.model(torch.ones(2, 4)).square().mean())
+        assert spsa.version == steps
+    fetched = SPSA(copy.deepcopy(base), lr=0.1, samples=2)
+    for _ in range(4):
+        fetched.step(lambda: fetched.model(torch.ones(2, 4)).square().mean())
+    for name, tensor in fetched._shared_state().items():
+        late._shared_state()[name].copy_(tensor)
+    late._applied = 4
+    assert late._replay(ahead.history.buffer, 0.001) == 5
+    assert late.digest() == ahead.digest()
+    assert late.history.chain == ahead.history.chain

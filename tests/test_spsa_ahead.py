@@ -125,7 +125,7 @@ class Group:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [0, 2, 7])
 def test_newcomers_leaves_and_cut_peers_at_every_step(tmp_path: Path, staleness: int) -> None:
     run_through(tmp_path, staleness, versions=120, seed=1)
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from decotrain.errors import ConfigError, RoundError, StateError
+from decotrain.rounds import Result
 from decotrain.spsa import code, history, kernels, replay, seedlog
 from decotrain.spsa.forward import Perturbed
 from decotrain.spsa.pool import Pool
@@ -165,18 +166,36 @@ class SPSA:
         if result.outcome == "stable" and result.seq == self.version:
             self._apply(result)
             return
-        results = [result, *(work.wait() for work in self._flying)]
-        self._flying.clear()
-        held = {one.seq: one for one in results if one.outcome == "stable"}
+        held: dict[int, Result] = {}
+        incarnation = self.comm.peer
+        while (
+            True
+        ):  # what follows on our state moves it at once: others may wait for us to serve it
+            if result.outcome == "stable":
+                held[result.seq] = result
+            if self.comm.peer != incarnation:
+                held.clear()  # a newcomer since: they may be of a branch that is no more
+            self._apply_held(held)
+            if not self._flying:
+                break
+            result = self._flying.popleft().wait()
         self.catch_up()
-        while (ours := held.get(self.version)) is not None:
-            self._apply(ours)
-            self.catch_up()
+        if self.comm.peer != incarnation:
+            return
+        self._apply_held(held)
         if any(seq > self.version for seq in held):
             raise StateError(
                 f"records before {min(seq for seq in held if seq > self.version)} are missing here "
                 f"(version {self.version}) and nobody offers them: restart this peer"
             )
+
+    def _apply_held(self, held: dict[int, Result]) -> None:
+        """Results of ours, and between them those of rounds that we did not begin."""
+        version = -1
+        while version != (version := self.version):
+            while (ours := held.get(self.version)) is not None:
+                self._apply(ours)
+            self.comm.catch_up(self.tag, self._apply, fetch=False)
 
     def catch_up(self) -> None:
         """Rounds that went on without us, or the state of the others. With rounds of ours in
@@ -187,11 +206,12 @@ class SPSA:
         self._notice_fetch()
 
     def _notice_fetch(self) -> None:
-        if self._held == self.version:
+        chain = self._chain.numpy().tobytes()  # it comes with the parameters
+        if self._held == self.version and chain == self.history.chain:
             return
         self.space.publish()
         self._held = self.version
-        self.history.restart(self.version, self._chain.numpy().tobytes())
+        self.history.restart(self.version, chain)
         self._fetched()
 
     def _fetched(self) -> None:
@@ -317,6 +337,8 @@ class SPSA:
     def _replay(self, found: history.Bytes, seconds: float) -> int | None:
         """Another peer's history in place of its parameters, when it follows ours and is cheaper;
         the number of records then held."""
+        if self._chain.numpy().tobytes() != self.history.chain:
+            self._notice_fetch()  # the parameters came a moment ago, and are behind already
         records = history.records_from(found, self._held, self.history.chain)
         if records is None or not self._worth_replaying(records, found.nbytes, seconds):
             return None

@@ -74,7 +74,7 @@ def draw_options(draw: random.Random) -> Options:
     options.min_peers = draw.randint(1, options.peers)
     options.tags = draw.choice((1, 1, 2, 3))
     options.stateless = tuple(tag for tag in range(options.tags) if draw.random() < 0.15)
-    options.ahead = [draw.choice((0, 0, 0, 1, 2, 4)) for _ in range(options.tags)]
+    options.ahead = [draw.choice((0, 0, 0, 1, 2, 4, 7)) for _ in range(options.tags)]
     options.shapes = [_draw_shape(draw, ahead) for ahead in options.ahead]
     options.held_back = draw.choice((0.0, 0.2, 0.8))
     options.latency_s = draw.choice((0.001, 0.01, 0.01, 0.05, 0.15))
