@@ -21,7 +21,7 @@ namespace decotrain {
 
 struct EngineOptions {
   double grace_s = 0.0;  // waive who is not in this long after the quorum; 0: wait for all
-  double quorum = 1.0;   // fraction of the view's active peers that starts the grace period
+  double quorum = 1.0;   // fraction of the active peers' weight that starts the grace period
   // Name who is later than the others by this, and by as long as those needed, with results when
   // most owners have sent all of theirs; or by twice this with its DONE after our own. 0: never.
   double done_bound_s = 0.0;

@@ -34,6 +34,7 @@ struct Tag {
   std::map<std::uint64_t, RoundResult> results;  // settled, not taken
   std::deque<StableRound> stable;                // newest last
   std::uint8_t ahead = 0;                        // most that a round of it was begun with
+  std::array<double, kMaxPeers> weights{};       // of each slot's last contribution; 0: unknown
   // The last stable rounds of this view, for observers that have not got all their results.
   std::map<std::uint64_t, Round> closed;
 
@@ -122,6 +123,7 @@ struct Engine::Impl {
   void check_stable(Round& round);
   void name_diverged(Round& round);
   void waive_late(Round& round, double now);
+  double weight_share(const Tag& tag, SlotMask in, SlotMask of) const;
   double late_at(const Round& round) const;
   void look_at_owners(Round& round, double now);
   void name_late(Round& round, SlotMask late, const char* detail);

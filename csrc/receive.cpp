@@ -278,6 +278,7 @@ void Impl::take_contribution(Round& round, const Member& from, const Header& hea
                                      chunk_elements(round.spec, header.chunk)));
   if (sound) {
     chunk.received |= bit(from.slot);
+    tags[round.tag].weights[from.slot] = weight;
     round.arrived[from.slot] = now;
     chunk.contributions.push_back({from.slot, weight, incoming.target, incoming.keep});
   } else {

@@ -59,6 +59,7 @@ void Impl::say_skip(Round& round) {
 void Impl::contribute_to_own(Round& round) {
   if (!round.contributes) return;
   const SlotMask own = bit(roles.self);
+  tags[round.tag].weights[roles.self] = round.weight;
   for (std::uint32_t c = 0; c < round.chunks.size(); ++c) {
     Chunk& chunk = round.chunks[c];
     const bool ours_to_give =
@@ -81,8 +82,8 @@ void Impl::try_combine(Round& round, std::uint32_t c, double now) {
   const SlotMask required = round.required(c, roles);
   const SlotMask in = required & (chunk.received | chunk.waived | round.skipped);
   if (in != required) {
-    const double share = static_cast<double>(std::popcount(in)) / std::popcount(required);
-    if (options.grace_s > 0.0 && share >= options.quorum && chunk.grace_at == kNever) {
+    if (options.grace_s > 0.0 && chunk.grace_at == kNever &&
+        weight_share(tags[round.tag], in, required) >= options.quorum) {
       chunk.grace_at = now + options.grace_s;
       round.next_grace = std::min(round.next_grace, chunk.grace_at);
     }
@@ -90,6 +91,28 @@ void Impl::try_combine(Round& round, std::uint32_t c, double now) {
   }
   if (!round.combine_chunk(c, roles, view.id, result_memory)) combine_without_bad(round, c);
   offer_result_to_all(round, c);
+}
+
+// What the peers `in` weigh, of all. A peer weighs what it did the last time: what it will give is
+// not known before it is in. Who was not heard of yet weighs as much as the others on average.
+double Impl::weight_share(const Tag& tag, SlotMask in, SlotMask of) const {
+  double known = 0.0;
+  int count = 0;
+  for (SlotMask left = of; left != 0; left &= left - 1) {
+    const double weight = tag.weights[std::countr_zero(left)];
+    known += weight;
+    count += weight > 0.0 ? 1 : 0;
+  }
+  const double usual = count > 0 ? known / count : 1.0;
+  double there = 0.0;
+  double all = 0.0;
+  for (SlotMask left = of; left != 0; left &= left - 1) {
+    const int slot = std::countr_zero(left);
+    const double weight = tag.weights[slot] > 0.0 ? tag.weights[slot] : usual;
+    all += weight;
+    there += (in & bit(static_cast<std::uint8_t>(slot))) != 0 ? weight : 0.0;
+  }
+  return there / all;
 }
 
 // Contributions of plain floats are looked at one by one only when their sum is not finite: a NaN

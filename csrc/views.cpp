@@ -151,6 +151,9 @@ bool Impl::install(const Install& plan, double now) {
   }
   // Before any round ends: its end looks at the next one, which nobody has spoken of in this view.
   for (auto& [id, tag] : tags) {
+    for (std::size_t slot = 0; slot < tag.weights.size(); ++slot) {
+      if ((roles.active >> slot & 1) == 0) tag.weights[slot] = 0.0;  // perhaps of another peer soon
+    }
     for (auto& [seq, round] : tag.rounds) {
       round.done_from = 0;
       round.stable_by_plan = false;

@@ -39,7 +39,14 @@ from decotrain.errors import (
     StateError,
 )
 from decotrain.farewell import end_well, say_last_words
-from decotrain.joining import Asked, ask, path_options, told_addresses, wait_for_welcome
+from decotrain.joining import (
+    Asked,
+    ask,
+    path_options,
+    patience,
+    told_addresses,
+    wait_for_welcome,
+)
 from decotrain.rounds import SLICE_S, MemberInfo, Result, Work, check_memory, decode, places_for
 from decotrain.shared import SharedState, Shortcut
 
@@ -458,8 +465,8 @@ def join(
     #                                    default DECOTRAIN_LISTEN, or a free port towards `address`
     advertise: str | Sequence[str] | None = None,  # told to others; default DECOTRAIN_ADVERTISE
     timeout_s: float | None = None,  # None: wait for ever for the coordinator and the first view
-    grace_s: float = 0.0,
-    quorum: float = 1.0,
+    grace_s: float = 0.0,  # waive who is not in so long after a quorum; 0: wait for all
+    quorum: float = 0.5,  # of the active peers' weight in the round before
     late_s: float | None = None,  # later than the others by so much: observing until it is
     #                               current again; None: 4 grace_s, at least 2; 0: never
     insecure: bool = False,  # without a token, on a network where everybody is trusted
@@ -472,9 +479,7 @@ def join(
     """
     say_last_words()
     asked = ask(address, name, run, token_file, config, min_peers, listen, advertise, insecure)
-    bound_s = late_s if late_s is not None else max(2.0, 4 * grace_s) if grace_s > 0 else 0.0
-    options = {"grace_s": grace_s, "quorum": quorum, "done_bound_s": bound_s, **asked.tls()}
-    comm = Communicator(asked, options)
+    comm = Communicator(asked, {**patience(grace_s, quorum, late_s), **asked.tls()})
     try:
         wait_for_welcome(comm, asked.address, timeout_s)
     except BaseException:

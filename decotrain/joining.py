@@ -55,6 +55,23 @@ class Asked:
         return {"tls_key": self.token.data_key(self.who.run), "pair_keys": True}
 
 
+def patience(grace_s: float, quorum: float, late_s: float | None) -> dict[str, float]:
+    """Options of the core about peers that are late."""
+    if not (math.isfinite(grace_s) and grace_s >= 0.0):
+        raise ConfigError(f"grace_s={grace_s}: give seconds, or 0 to wait for every contribution")
+    if not 0.0 < quorum <= 1.0:
+        raise ConfigError(f"quorum={quorum}: give a fraction of the weight, above 0 and at most 1")
+    if quorum == 1.0 and grace_s > 0.0:
+        raise ConfigError(
+            f"grace_s={grace_s} with quorum=1.0 waives nobody: give a lower quorum, such as 0.5"
+        )
+    if late_s is None:
+        late_s = max(2.0, 4 * grace_s) if grace_s > 0 else 0.0
+    if not (math.isfinite(late_s) and late_s >= 0.0):
+        raise ConfigError(f"late_s={late_s}: give seconds, or 0 to leave late peers active")
+    return {"grace_s": grace_s, "quorum": quorum, "done_bound_s": late_s}
+
+
 def ask(
     address: str | None,
     name: str | None,

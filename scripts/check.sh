@@ -55,19 +55,18 @@ check_cuda() {  # the kernels compile for the two generations in use; they run w
 }
 
 check_arm() {  # the codecs' tests on an emulated 64-bit Arm
-  local tools=(aarch64-linux-gnu-g++ qemu-aarch64-static) tool out
-  for tool in "${tools[@]}"; do
-    if ! command -v "$tool" >/dev/null; then
-      echo "skipped: no $tool"
-      return
-    fi
-  done
+  local compiler=aarch64-linux-gnu-g++ emulator out
+  emulator=$(command -v qemu-aarch64-static || command -v qemu-aarch64) || emulator=
+  if [ -z "$emulator" ] || ! command -v "$compiler" >/dev/null; then
+    echo "skipped: no $compiler or qemu-aarch64 (packages g++-aarch64-linux-gnu, qemu-user)"
+    return
+  fi
   out=$(mktemp -d)
   ln -s /usr/include/doctest "$out/doctest"
-  aarch64-linux-gnu-g++ -std=c++20 -O1 -ffp-contract=off -Icsrc -I"$out" -static \
+  "$compiler" -std=c++20 -O1 -ffp-contract=off -Icsrc -I"$out" -static \
     csrc/codec/*.cpp csrc/simd.cpp csrc/tests/main.cpp csrc/tests/test_codec.cpp \
     -o "$out/tests" || fail "the codecs do not compile for Arm"
-  qemu-aarch64-static "$out/tests" --minimal || fail "the codecs' tests fail on Arm"
+  "$emulator" "$out/tests" --minimal || fail "the codecs' tests fail on Arm"
   rm -rf "$out"
 }
 

@@ -7,6 +7,7 @@ gone, and no space left.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -21,11 +22,12 @@ import pytest
 import torch
 
 from decotrain import checkpoint
+from decotrain.communicator import join
 from decotrain.control import client
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Token, write
-from decotrain.errors import FileError
+from decotrain.errors import ConfigError, FileError
 from decotrain.spsa import Recipe, seedlog
 from decotrain.spsa.record import Record
 from decotrain.spsa.space import Layout
@@ -88,6 +90,21 @@ def coordinator() -> Iterator[ServerThread]:
     server = ServerThread(Options(min_peers=1, config={"model": {"width": 64}}))
     yield server
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"grace_s": -1.0}, "grace_s=-1.0"),
+        ({"grace_s": math.nan}, "grace_s=nan"),
+        ({"grace_s": 1.0, "quorum": 0.0}, "above 0"),
+        ({"grace_s": 1.0, "quorum": 1.0}, "waives nobody"),
+        ({"late_s": math.inf}, "late_s=inf"),
+    ],
+)
+def test_patience_that_makes_no_sense(wrong: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        join("local", **wrong)
 
 
 @pytest.mark.parametrize(

@@ -435,6 +435,42 @@ TEST_CASE("words of the view before do not end the round after the last stable o
   CHECK(observer.missed(0) == std::vector<std::uint64_t>{0, 1});
 }
 
+// Who gave most of the last round is most of a quorum.
+TEST_CASE("grace begins when a quorum by weight is in") {
+  EngineOptions options;
+  options.grace_s = 1.0;
+  options.quorum = 0.6;
+  Group group(3, options);
+  const RoundSpec spec = spec_for(Op::mean, 400, 64);
+  const double weights[] = {6.0, 1.0, 1.0};  // each owns some of the chunks, and learns them
+  const auto begin = [&](std::size_t peer, float value) {
+    group.begin(peer, spec, std::vector<float>(400, value), weights[peer]);
+  };
+  const auto later = [&] {
+    group.pump();
+    for (auto& engine : group.engines) engine->tick(2.0);
+    group.pump();
+  };
+  for (std::size_t peer = 0; peer < 3; ++peer) begin(peer, 1.0f);
+  group.pump();
+  for (auto& engine : group.engines) CHECK(engine->take_result(0, 0).outcome == Outcome::stable);
+
+  for (const std::size_t peer : {1, 2}) begin(peer, 2.0f);  // two of three, and a quarter of it
+  later();
+  for (const std::size_t peer : {1, 2}) CHECK_FALSE(group.engines[peer]->ready(0, 1));
+  begin(0, 2.0f);
+  later();
+  for (auto& engine : group.engines) {
+    CHECK(engine->take_result(0, 1).contributors == std::vector<SlotMask>(7, 0b111));
+  }
+
+  for (const std::size_t peer : {0, 1}) begin(peer, 3.0f);  // seven eighths
+  later();
+  for (const std::size_t peer : {0, 1}) {
+    CHECK(group.engines[peer]->take_result(0, 2).contributors == std::vector<SlotMask>(7, 0b011));
+  }
+}
+
 TEST_CASE("another specification changes nothing and is named") {
   Group group(2);
   group.begin(0, spec_for(Op::mean, 30000, 64), std::vector<float>(30000, 1.0f));
