@@ -13,7 +13,10 @@ from tests.sim.plants import CONTROL, ENGINE, use_planted_core
 PLANT_SEEDS = 500
 
 
-def run(seed: int, plant: str = "", trace: bool = False) -> Exception | None:
+def run(
+    seed: int, plant: str = "", trace: bool = False, seen: dict[str, list[int]] | None = None
+) -> Exception | None:
+    """seen: the seeds of each case that histories go through."""
     from tests.sim.world import World
 
     world = World(seed, plant, print if trace else None)
@@ -21,7 +24,19 @@ def run(seed: int, plant: str = "", trace: bool = False) -> Exception | None:
         world.run()
     except Exception as error:
         return error
+    for case in world.visits.seen if seen is not None else ():
+        seen.setdefault(case, []).append(seed)
     return None
+
+
+def print_visits(seen: dict[str, list[int]]) -> None:
+    from tests.sim.visits import CASES
+
+    print("| case | histories | first seed |")
+    print("| --- | --- | --- |")
+    for case in CASES:
+        seeds = seen.get(case, [])
+        print(f"| {case} | {len(seeds)} | {seeds[0] if seeds else '-'} |")
 
 
 def rule_of(error: Exception) -> str:
@@ -61,6 +76,7 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print the whole history")
     parser.add_argument("--plant", default="", help="with this planted bug")
     parser.add_argument("--plants", action="store_true", help="look for every planted bug")
+    parser.add_argument("--visits", action="store_true", help="print the cases they went through")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     arguments = parser.parse_args()
     if arguments.plants or arguments.plant in ENGINE:
@@ -83,8 +99,9 @@ def run_seeds(arguments: argparse.Namespace) -> int:
         first = time.time_ns() // 1000 % 10**9
         end = sys.maxsize
     start_s, failed, seed = time.monotonic(), 0, first
+    seen: dict[str, list[int]] = {}
     while seed < end:
-        error = run(seed, arguments.plant)
+        error = run(seed, arguments.plant, seen=seen)
         if error is not None:
             failed += 1
             print(f"seed {seed}: {rule_of(error)}: {str(error)[:1500]}", flush=True)
@@ -95,6 +112,8 @@ def run_seeds(arguments: argparse.Namespace) -> int:
             break
     spent_s = time.monotonic() - start_s
     print(f"{seed - first} seeds, {failed} failed, {spent_s:.1f} s")
+    if arguments.visits:
+        print_visits(seen)
     return failed > 0
 
 

@@ -106,7 +106,9 @@ class SimPeer:
         if self.stopped:
             self.later.append(lambda: self.hear(data))
             return
-        self.step(mb.Message(m.decode(data)))
+        message = m.decode(data)
+        self.world.visits.hears(self, message)
+        self.step(mb.Message(message))
         self.touched()
 
     def carry(self, effect: Any) -> None:
@@ -287,6 +289,7 @@ class SimPeer:
                 self.begin(tag)
         current = self.versions.current()
         if current != self.member.current and not self.member.active:
+            self.world.visits.says_current(self)
             self.step(mb.Current(current))
 
     def catch_up(self, tag: int) -> bool:

@@ -21,6 +21,7 @@ from tests.sim.net import Control, Links
 from tests.sim.options import Options, draw_options
 from tests.sim.peer import SimPeer
 from tests.sim.plants import Plants
+from tests.sim.visits import Visits
 
 HEAL_S = 60.0  # within which all that live must have made progress
 ROUNDS_AFTER = 3
@@ -38,6 +39,7 @@ class World:
         self.count = 0
         self.faulty = True
         self.checker = Checker(expect=self._expect)
+        self.visits = Visits(self)
         self.control = Control(self)
         self.links = Links(self)
         self.peers: dict[int, SimPeer] = {}  # by id, dead ones too
@@ -83,6 +85,7 @@ class World:
     def check(self, **event: Any) -> None:
         if self.trace is not None:
             self.note(event["ev"], *(f"{k}={v}" for k, v in event.items() if k != "ev"))
+        self.visits.take(event)
         self.checker.take(event)
 
     def refused(self, peer: SimPeer, source: int, reason: str) -> None:
@@ -123,6 +126,7 @@ class World:
 
     def kill_coordinator(self) -> None:
         self.note("coordinator killed")
+        self.visits.coordinator_died()
         self.coordinator = None
         self.crash_armed = False
         self.slow.clear()
@@ -140,6 +144,7 @@ class World:
     def carry(self, effects: list[Any]) -> None:
         """One effect after the other; the process may die between any two."""
         effects = self.plants.effects(effects)
+        self.visits.carries(effects)
         crash_at = -1
         if self.crash_armed and any(_new_view(effect) for effect in effects):
             crash_at = self.draw.randrange(len(effects) + 1)
@@ -181,12 +186,14 @@ class World:
         peer = int.from_bytes(effect.to[1:], "big")
         target = self.peers.get(peer)
         if target is not None:
+            self.visits.delivers(peer, effect.message)
             self.control.send(peer, target.hear, m.encode(effect.message))
 
     # --- processes of peers
 
     def start_peer(self, process: int, void: bool = False) -> SimPeer:
         self.incarnations += 1
+        self.visits.started(process)
         peer = SimPeer(self, self.draw.getrandbits(64) | 1, process, self.incarnations, void)
         self.peers[peer.id] = self.processes[process] = peer
         self.note("start", f"p{process}", peer.id)
@@ -197,6 +204,7 @@ class World:
         if not peer.alive:
             return
         self.note("kill", f"p{peer.process}", peer.id)
+        self.visits.died(peer)
         peer.alive = False
         self.gone(peer)
         if self.options.launchers and self.draw.random() < 0.7:
