@@ -242,6 +242,9 @@ def table_text(data: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     """One table as Markdown."""
     rows = [r for r in selected(data, table["where"])
             if "skipped" in r or any(m in r["metrics"] for m in table["metrics"])]  # fmt: skip
+    # What was not run at all, and so in no case of these, is listed below the tables.
+    always = [set(r["case"]) for r in rows if "skipped" not in r]
+    rows = [r for r in rows if not always or set.intersection(*always) <= set(r["case"])]
     dropped = {*table["drop"], *table["where"]}
     keys = list(dict.fromkeys(k for r in rows for k in r["case"] if k not in dropped))
     if table["columns"] is None:
