@@ -11,8 +11,10 @@ namespace {
 constexpr double kIdleTurn_s = 1.0;
 constexpr double kGrowthMinRtt_s = 0.005;  // below it one stream fills the path
 constexpr double kLongPath_s = 0.02;
-constexpr std::size_t kStreamsBbr =
-    2;  // while one of them measures the delay the other one goes on
+// From here on 2 streams of BBR: while one of them measures the delay the other one goes on. On a
+// shorter path that takes little, and where a slow uplink is shared by several links one stream for
+// each is steadier.
+constexpr double kMeasuredLong_s = 0.05;
 constexpr double kGrowthMinBytes = 256 << 10;   // bandwidth x delay below which more is no use
 constexpr double kGrowthMinBytesBbr = 2 << 20;  // for each stream: what the kernel buffers for it
 constexpr double kGrowthGain = 1.15;
@@ -28,7 +30,7 @@ constexpr double kJudgeBusy_s = 0.5;  // time with something to send before the 
 
 std::size_t streams_for(double rtt_s, bool fears_loss) {
   if (rtt_s < kGrowthMinRtt_s) return 1;
-  if (!fears_loss) return kStreamsBbr;
+  if (!fears_loss) return rtt_s < kMeasuredLong_s ? 1 : 2;
   return rtt_s < kLongPath_s ? 4 : 8;
 }
 

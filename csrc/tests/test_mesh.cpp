@@ -47,6 +47,7 @@ TEST_CASE("a long path gets more streams, unless one does not mind loss") {
   CHECK(net::streams_for(0.015, true) == 4);
   CHECK(net::streams_for(0.09, true) == 8);
   CHECK(net::streams_for(0.001, false) == 1);
+  CHECK(net::streams_for(0.02, false) == 1);
   CHECK(net::streams_for(0.09, false) == 2);
 }
 
