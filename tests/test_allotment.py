@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from decotrain.outer import make
 from decotrain.outer.allotment import HELD, SLOTS, Allotment, Portions
+from decotrain.train.worker import draw
 from tests.fake_comm import WAIT_S, FakeRun
 from tests.outer_runs import make_model, run_peers
 
@@ -134,6 +136,23 @@ def test_who_is_not_heard_of_begins_its_portions_anew() -> None:
     assert [list(portions.take(5, 2)) for _ in range(HELD)] == first
     allotment.count({5})
     assert not portions.spent(5)
+
+
+def test_a_worker_that_is_not_heard_of_forgets_what_it_did() -> None:
+    called: list[str] = []
+    outer: Any = SimpleNamespace(
+        finish=lambda: called.append("finish"), begin_anew=lambda: called.append("begin_anew")
+    )
+    trainer: Any = SimpleNamespace(
+        portions=Portions(Allotment(0), 2), uncounted=[], settings=SimpleNamespace(batch=1)
+    )
+    for _ in range(HELD * 2 + 1):
+        draw(trainer, outer, 5)
+        trainer.uncounted.append(0.0)
+    assert called == ["finish", "begin_anew"]
+    assert len(trainer.uncounted) == 1
+    ((first, end),) = trainer.portions.uncounted
+    assert end - first == 1
 
 
 def test_gradients_that_did_not_count_are_made_again() -> None:

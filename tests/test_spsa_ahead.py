@@ -11,6 +11,8 @@ import random
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +54,28 @@ def replayed(path: Path) -> dict[int, str]:
 def test_after_a_loss_in_flight_no_record_is_jumped_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is told "lost" waits for all that is in flight, and only then applies the first of it."""
-    model, held = make_model(), {}
+    """Who is told "lost" applies what else it has in flight one by one, and before it waits for
+    more: the others may need that state before they can contribute to what we wait for."""
+    model, held, told = make_model(), {}, [-1]
     with join("local") as comm:
         spsa = SPSA(model, comm, log=tmp_path / "run.seedlog", staleness=3, **RECIPE)
+        collect = comm.collect
+
+        def watched(*args: Any, **options: Any) -> Any:
+            work = collect(*args, **options)
+
+            def wait() -> Any:
+                assert spsa.version == told[-1] + 1, (
+                    "it waits with a result that it has not applied"
+                )
+                result = work.wait(WAIT_S)
+                if result.outcome == "stable":
+                    told.append(result.seq)
+                return result
+
+            return SimpleNamespace(wait=wait)
+
+        monkeypatch.setattr(comm, "collect", watched)
         behind = comm._shared.behind
         for step in range(24):
             lost = step % 8 == 4  # as when a view names a round stable whose result waits here

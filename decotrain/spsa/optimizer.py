@@ -168,9 +168,8 @@ class SPSA:
             return
         held: dict[int, Result] = {}
         incarnation = self.comm.peer
-        while (
-            True
-        ):  # what follows on our state moves it at once: others may wait for us to serve it
+        # What follows on our state moves it at once: others may wait for us to serve it.
+        while True:
             if result.outcome == "stable":
                 held[result.seq] = result
             if self.comm.peer != incarnation:

@@ -199,7 +199,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     place = trainer.folder / "checkpoints" / trainer.peer
     inner_round = trainer.load_inner(place)
     outer = make_outer(trainer, comm, resume)
-    trainer.portions = portions = Portions(outer.allotment, trainer.portion)
+    trainer.portions = Portions(outer.allotment, trainer.portion)
     slot = comm.slot
     number = outer.global_step // settings.outer.sync_every
     journal.write(
@@ -207,13 +207,7 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
         inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
     while outer.global_step < settings.steps:
-        if portions.spent(slot):
-            outer.finish()  # what is under way may count
-            if portions.spent(slot):
-                outer.begin_anew()
-                portions.begin_anew()
-                trainer.uncounted = []
-        trainer.inner_step(outer.global_step, portions.take(slot, settings.batch), outer)
+        trainer.inner_step(outer.global_step, draw(trainer, outer, slot), outer)
         if outer.step(trainer.tokens):
             slot = comm.slot
         if number != (number := outer.global_step // settings.outer.sync_every):
@@ -226,6 +220,19 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     journal.write(
         "end", step=outer.global_step, digest=outer.digest(), **_figures(trainer, outer)
     )  # fmt: skip
+
+
+def draw(trainer: Trainer, outer: Outer, slot: int) -> Numbers:
+    """The samples of the next step. Who has used all it was given, and was not heard of since,
+    forgets what did not count: no sample is in its contribution twice."""
+    portions = trainer.portions
+    if portions.spent(slot):
+        outer.finish()  # what is under way may count
+    if portions.spent(slot):
+        outer.begin_anew()
+        portions.begin_anew()
+        trainer.uncounted = []
+    return portions.take(slot, trainer.settings.batch)
 
 
 def _after_round(
