@@ -24,7 +24,7 @@ from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Secret, find, whole
-from decotrain.control.transport import check_name, check_trust, split_address
+from decotrain.control.transport import check_name, check_trust, split_address, with_port
 from decotrain.errors import ConfigError, UnreachableError
 from decotrain.farewell import FILE
 
@@ -249,7 +249,7 @@ def wait_for_welcome(comm: Communicator, address: str, timeout_s: float | None) 
             comm._check_over()
             if time.monotonic() >= deadline_s:
                 raise UnreachableError(
-                    f"no coordinator answers at {address} within {timeout_s:g} s: check the"
+                    f"no coordinator answers at {with_port(address)} within {timeout_s:g} s: check the"
                     " address, that it runs, and that the port is open"
                 )
             shared.changed.wait(WAIT_SLICE_S)

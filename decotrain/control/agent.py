@@ -27,7 +27,7 @@ from decotrain.control import messages as m
 from decotrain.control.effects import identity
 from decotrain.control.measures import Meter
 from decotrain.control.token import Secret
-from decotrain.control.transport import TAIL_BYTES, Handshakes, connect_dealer
+from decotrain.control.transport import TAIL_BYTES, Handshakes, connect_dealer, with_port
 from decotrain.errors import MessageError
 
 TICK_S = 0.05
@@ -212,7 +212,7 @@ class Agent:
 
     def _watch_coordinator(self, now: float) -> None:
         """Says once that the coordinator is not there, and once that it is back."""
-        place = self.address.removeprefix("tcp://")
+        place = with_port(self.address)
         if self.handshakes.connected:
             if self.missed:
                 logger.warning("the coordinator at %s is there", place)

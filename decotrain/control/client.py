@@ -12,7 +12,7 @@ import zmq
 
 from decotrain.control import messages as m
 from decotrain.control.token import Secret, find
-from decotrain.control.transport import Handshakes, check_name, connect_dealer
+from decotrain.control.transport import Handshakes, check_name, connect_dealer, with_port
 from decotrain.errors import ConfigError, MessageError, RefusedError, UnreachableError
 
 LOOK_S = 0.05
@@ -52,8 +52,8 @@ def _await(socket: zmq.Socket[Any], handshakes: Handshakes, timeout_s: float) ->
             raise RefusedError(wrong)
         if time.monotonic() >= end_s:
             raise UnreachableError(
-                f"no coordinator answers at {handshakes.address} within {timeout_s:g} s: check the"
-                " address, that it runs, and that the port is open"
+                f"no coordinator answers at {with_port(handshakes.address)} within {timeout_s:g} s:"
+                " check the address, that it runs, and that the port is open"
             )
 
 

@@ -52,6 +52,12 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def with_port(address: str) -> str:
+    """The address as it is dialled, for messages: whoever left the port out sees which one it is."""
+    host, port = split_address(address)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_name(address: str) -> None:
     """ZeroMQ tries for ever to resolve a name that is not there; a person wants to be told."""
     host, port = split_address(address)

@@ -19,6 +19,7 @@ from decotrain.control.agent import Agent, new_peer_id
 from decotrain.control.coordinator import Options
 from decotrain.control.server import Server, ServerThread
 from decotrain.control.token import Secret
+from decotrain.control.transport import with_port
 from decotrain.errors import ConfigError, UnreachableError
 from tests.control.fakes import empty_report
 
@@ -182,6 +183,14 @@ def test_nobody_there_is_a_clear_error(coordinator: ServerThread) -> None:
     coordinator.stop()
     with pytest.raises(UnreachableError, match="no coordinator answers"):
         client.status(address, timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("address", "dialled"),
+    [("home", "home:29400"), ("tcp://[::1]:5", "[::1]:5"), ("::1", "[::1]:29400")],
+)
+def test_messages_name_the_port_that_was_left_out(address: str, dialled: str) -> None:
+    assert with_port(address) == dialled
 
 
 def test_the_control_plane_starts_without_torch_or_numpy() -> None:
