@@ -249,7 +249,7 @@ def wait_for_welcome(comm: Communicator, address: str, timeout_s: float | None) 
             comm._check_over()
             if time.monotonic() >= deadline_s:
                 raise UnreachableError(
-                    f"no coordinator answers at {with_port(address)} within {timeout_s:g} s: check the"
-                    " address, that it runs, and that the port is open"
+                    f"no coordinator answers at {with_port(address)} within {timeout_s:g} s: check"
+                    " the address, that it runs, and that the port is open"
                 )
             shared.changed.wait(WAIT_SLICE_S)

@@ -137,13 +137,12 @@ def streaming(
                 deltas = {i: theta[p] - vector(naive.replicas[i], names) for i in peers}
                 flying[p] = (*naive.mean(deltas, p, since // every), set(peers))
             if (since - overlap) % every == 0 and p in flying:
-                old = theta[p]
                 m[p], theta[p] = landed(p)
                 _, counted, took_part = flying.pop(p)
                 for i in took_part & set(peers):
                     w = vector(naive.replicas[i], names)
                     new = alpha * w + (1 - alpha) * theta[p]
-                    assign(naive.replicas[i], new if i in counted else w + theta[p] - old, names)
+                    assign(naive.replicas[i], new if i in counted else (w + theta[p]) / 2, names)
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 
@@ -212,9 +211,10 @@ def late(
                 lost = {i: d for i, d in sent.items() if i not in counted}
             given = {i: naive.tokens[i, 0] for i in peers}
             flying = (*naive.mean(deltas, 0, t // every), deltas)
-            for i in peers:  # progress that did not count goes with the next round, and its tokens
+            for i in peers:  # what did not count goes with the next round, half of the way to theta
+                w = (base[i] - lost[i] + theta) / 2 if i in lost else theta
                 base[i] = theta
-                assign(naive.replicas[i], theta - lost.get(i, 0.0))
+                assign(naive.replicas[i], w)
                 naive.tokens[i, 0] = tokens.get(i, 0.0) if i in lost else 0.0
             tokens = given
         out.append({i: vector(naive.replicas[i]) for i in peers})
@@ -255,7 +255,6 @@ def delayed(
         if t % every == 0:
             deltas = {i: theta - vector(naive.replicas[i]) for i in peers}
             mean, counted = naive.mean(deltas, 0, t // every)
-            old = theta
             theta = theta - lr * mean * len(counted) / delay
             total, count = total + mean * len(counted), count + len(counted)
             if count >= delay:
@@ -264,7 +263,7 @@ def delayed(
                 total, count = torch.zeros_like(theta), 0
             for i in peers:
                 w = vector(naive.replicas[i])
-                assign(naive.replicas[i], theta if i in counted else w + theta - old)
+                assign(naive.replicas[i], theta if i in counted else (w + theta) / 2)
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 

@@ -23,6 +23,7 @@ from decotrain.outer import (
     make,
 )
 from decotrain.outer.background import in_background
+from decotrain.outer.fragment import Fragment
 from decotrain.outer.update import SPAN_ELEMENTS
 from tests.fake_comm import WAIT_S, FakeRun
 from tests.outer_runs import (
@@ -221,31 +222,42 @@ def test_when_nobody_broadcasts_the_next_round_is_the_broadcast() -> None:
     assert done[2][1:] == (1, 2)
 
 
-def test_a_waived_peer_keeps_its_progress_and_its_tokens() -> None:
+def test_a_waived_peer_goes_half_of_the_way_and_keeps_its_tokens() -> None:
     run = FakeRun(2)
     comms = {peer: run.comm(peer) for peer in (1, 2)}
     run.waived.add((2, 1))
 
-    def body(peer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def body(peer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         model = make_model(1)
         inner = torch.optim.SGD(model.parameters(), lr=0.1)
         outer = make("diloco", model, inner, comms[peer], sync_every=1)
-        before = flat(model)
         loss_of(model, batch(peer, 0)).backward()
         inner.step()
-        progress = flat(model) - before
+        trained = flat(model)
         outer.step(tokens=10)
         theta = outer.fragments[0].theta.double()
-        return flat(model) - theta, progress, outer.fragments[0].tokens
+        return flat(model), trained, theta, outer.fragments[0].tokens
 
     done = run_peers(run, [1, 2], body)
     assert run.rounds[0, 1].result.contributors == (1,)
-    ahead, _, tokens = done[1]
-    assert float(ahead.norm()) == 0
+    local, _, theta, tokens = done[1]
+    assert torch.equal(local, theta)
     assert tokens == 0
-    ahead, progress, tokens = done[2]
-    assert_close(ahead, progress, 1e-5)
+    local, trained, theta, tokens = done[2]
+    assert_close(local, (trained + theta) / 2, 1e-5)
     assert tokens == 10
+
+
+def test_who_was_away_for_long_comes_back_to_the_others() -> None:
+    model = make_model()
+    fragment = Fragment(0, dict(model.named_parameters()), (), ())
+    began = flat(model)
+    with torch.no_grad():
+        fragment.theta.add_(8.0)
+    fragment.close_in(3)
+    theta = fragment.theta.double()
+    assert_close(theta - flat(model), (theta - began) / 8, 1e-5)
+    assert torch.equal(fragment.base, fragment.theta)
 
 
 def test_a_lost_round_costs_a_fetch_and_no_inner_step() -> None:
@@ -261,15 +273,15 @@ def test_a_lost_round_costs_a_fetch_and_no_inner_step() -> None:
         ahead, step = 0.0, -1
         while outer.global_step < 12:  # who was behind may enter a round before its last step
             step += 1
-            before = flat(model) - outer.fragments[0].theta.double()
             loss_of(model, batch(peer, step)).backward()
             inner.step()
             inner.zero_grad()
-            moved = flat(model) - outer.fragments[0].theta.double() - before
+            trained = flat(model)
             outer.step(5)
-            if peer == 2 and step == 5:  # the lost round: ours stays ours
-                drift = flat(model) - outer.fragments[0].theta.double()
-                assert_close(drift, before + moved, 1e-5)
+            if peer == 2 and step == 5:  # the lost round: half of what is ours stays ours
+                theta = outer.fragments[0].theta.double()
+                drift = flat(model) - theta
+                assert_close(drift, (trained - theta) / 2, 1e-5)
                 assert outer.fragments[0].tokens == 15
                 ahead = float(drift.norm())
         return outer.digest(), outer.global_step, ahead

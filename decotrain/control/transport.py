@@ -53,7 +53,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def with_port(address: str) -> str:
-    """The address as it is dialled, for messages: whoever left the port out sees which one it is."""
+    """The address as it is dialled, for messages: who left the port out sees which one it is."""
     host, port = split_address(address)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -123,7 +123,22 @@ class Fragment:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The local parameters move as far as the outer ones did: our progress stays ours."""
+        """The local parameters move as far as the outer ones did, which hold all but what we have
+        done since: that stays ours."""
         drift = self.drift(torch.empty_like(self.theta))
         self.base.copy_(self.theta)
         self.write(torch.sub(self.theta, drift, out=drift))
+
+    @torch.no_grad()
+    def close_in(self, rounds: int) -> None:
+        """The outer parameters moved without us: for each round we go half of the way to them.
+
+        Our progress stays ours, but not on top of theirs: most of it is the same, and twice it goes
+        too far (docs/outer.md has figures). Who was away for long comes back to theta, and does not
+        pull the others to where it left them.
+        """
+        share = 0.5 ** max(rounds, 1)
+        self.base.copy_(self.theta)
+        for parameter, outer in self.pairs(self.theta):
+            local = parameter.detach().float() * share
+            parameter.copy_(local.add_(outer.to(parameter.device) * (1.0 - share)))

@@ -1,7 +1,7 @@
 """How new outer parameters enter the local ones, when our own progress is already counted in them.
 
 (When it is not, because our contribution was waived or the round was lost to us, the optimizer
-keeps the progress: the local parameters move along with the outer ones.)
+keeps half of the progress: `Fragment.close_in`.)
 """
 
 from __future__ import annotations

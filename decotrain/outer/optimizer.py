@@ -16,7 +16,7 @@ a fragment's `base`, `version` and `digest` say what the local parameters know.
 
 Churn is handled here and not in the training script: a newcomer fetches state, adopts the global
 step and enters the next round with the tokens it has; a peer whose contribution was not counted
-keeps its progress; a round that was lost costs a fetch of the fragment and no inner step.
+keeps half of its progress; a round that was lost costs a fetch of the fragment and no inner step.
 
 Parameters that need no gradient are left alone: they are the caller's, equal everywhere or not.
 """
@@ -206,10 +206,11 @@ class OuterOptimizer:
                 return synced  # the others have made this round without us
             fragment.drift(delta)  # it may have grown by what was lost
         again = flight if landed is not None and not landed.counted(self.comm.peer) else None
+        began = fragment.base.clone() if again is not None else None
         if self.schedule.late:  # before the flight: it moves theta when it comes back
             self._enter(fragment, delta, len(landed.contributors) if landed else 0)
-        if again is not None:  # its progress goes with the next round
-            fragment.move(again.delta, -1.0)
+        if again is not None and began is not None:  # goes with the next round: see close_in
+            fragment.move(began.sub_(fragment.base).sub_(again.delta), 0.5)
             self._restore(fragment, again)
         self._send(fragment, delta)
         fragment.tokens += again.tokens if again is not None else 0.0
@@ -272,17 +273,19 @@ class OuterOptimizer:
         landed = self._arrive(fragment, flight)
         if landed is None:
             return True
-        counted = landed.counted(self.comm.peer)
-        if counted and not self.schedule.late:
+        counted, late = landed.counted(self.comm.peer), self.schedule.late
+        if counted and not late:
             self._enter(fragment, None, len(landed.contributors))
             return True
-        if self.schedule.late:
+        if late:
             self.merge.forget(fragment)
-        fragment.follow()
-        if not counted:
-            self._give_back(fragment, flight)
-            if self.schedule.late:
-                fragment.move(flight.delta, -1.0)
+        if counted:
+            fragment.follow()
+            return True
+        self._give_back(fragment, flight)
+        if late:
+            fragment.move(flight.delta, -1.0)
+        fragment.close_in(1)
         return True
 
     def _enter(self, fragment: Fragment, sent: Tensor | None, peers: int) -> None:
@@ -300,12 +303,12 @@ class OuterOptimizer:
             self.residuals[fragment.tag].copy_(flight.residual)
 
     def _catch_up(self, fragment: Fragment, wait: bool = False) -> None:
-        """Rounds that went on without us: the outer parameters move, and our progress with them."""
+        """Rounds that went on without us: the outer parameters moved, and we come to them."""
         before = fragment.version
         after = self._follow(fragment, wait)
         if after == before:
             return
-        fragment.follow()
+        fragment.close_in(after - before)
         self.merge.forget(fragment)
         self._holds(fragment, after)
         self._late.add(fragment.tag)
