@@ -143,6 +143,8 @@ def streaming(
                     w = vector(naive.replicas[i], names)
                     new = alpha * w + (1 - alpha) * theta[p]
                     assign(naive.replicas[i], new if i in counted else (w + theta[p]) / 2, names)
+                    if i not in counted:
+                        naive.tokens[i, p] /= 2
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 
@@ -215,7 +217,7 @@ def late(
                 w = (base[i] - lost[i] + theta) / 2 if i in lost else theta
                 base[i] = theta
                 assign(naive.replicas[i], w)
-                naive.tokens[i, 0] = tokens.get(i, 0.0) if i in lost else 0.0
+                naive.tokens[i, 0] = tokens.get(i, 0.0) / 2 if i in lost else 0.0
             tokens = given
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
@@ -264,6 +266,8 @@ def delayed(
             for i in peers:
                 w = vector(naive.replicas[i])
                 assign(naive.replicas[i], theta if i in counted else (w + theta) / 2)
+                if i not in counted:
+                    naive.tokens[i, 0] /= 2
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 

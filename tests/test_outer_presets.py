@@ -265,7 +265,7 @@ def test_sparseloco_keeps_what_was_waived() -> None:
     script = Script(8, three, {(2, 1)})
     _, outers = lockstep(script, lambda m, o, c: make("sparseloco", m, o, c, sync_every=8, keep=20))
     assert not outers[2].residuals[0].any(), "the residual holds progress that is also in w"
-    assert outers[2].fragments[0].tokens == 8
+    assert outers[2].fragments[0].tokens == 4
     assert outers[1].residuals[0].any()
 
 

@@ -131,13 +131,15 @@ class Fragment:
 
     @torch.no_grad()
     def close_in(self, rounds: int) -> None:
-        """The outer parameters moved without us: for each round we go half of the way to them.
+        """The outer parameters moved without us: for each round we go half of the way to them, and
+        half of our tokens stay.
 
-        Our progress stays ours, but not on top of theirs: most of it is the same, and twice it goes
-        too far (docs/outer.md has figures). Who was away for long comes back to theta, and does not
-        pull the others to where it left them.
+        Our progress is not put on top of theirs: most of it is the same, and twice it goes too far
+        (docs/outer.md has figures). Who was away for long comes back to theta, and does not pull
+        the others to where it left them.
         """
         share = 0.5 ** max(rounds, 1)
+        self.tokens *= share
         self.base.copy_(self.theta)
         for parameter, outer in self.pairs(self.theta):
             local = parameter.detach().float() * share

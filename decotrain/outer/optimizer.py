@@ -213,7 +213,7 @@ class OuterOptimizer:
             fragment.move(began.sub_(fragment.base).sub_(again.delta), 0.5)
             self._restore(fragment, again)
         self._send(fragment, delta)
-        fragment.tokens += again.tokens if again is not None else 0.0
+        fragment.tokens += 0.5 * again.tokens if again is not None else 0.0
         return synced
 
     def _send(self, fragment: Fragment, delta: Tensor) -> None:
