@@ -109,7 +109,8 @@ std::size_t first_not_finite(const Segments& segments) {
 }
 
 Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const Segments& residual,
-                         bool borrow, const std::shared_ptr<const void>& owner) {
+                         bool borrow, const std::shared_ptr<const void>& owner,
+                         std::optional<std::uint64_t> chance) {
   const bool feedback = !residual.empty();
   if (borrow && !feedback && segments.size() == 1 && segments[0].type == Codec::f32 &&
       spec.contribution == Codec::f32) {
@@ -134,7 +135,8 @@ Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const 
         throw NotFinite{first_bad_sum(segments, first, values, kept)};
       }
     } else if (!(past_cache ? copy_past_cache(values, out.get() + at)
-                            : encode(spec.contribution, values, out.get() + at))) {
+                 : chance ? encode_stochastic(spec.contribution, values, *chance, i, out.get() + at)
+                          : encode(spec.contribution, values, out.get() + at))) {
       throw NotFinite{first_not_finite(segments)};
     }
     at += encoded_bytes(spec.contribution, n);

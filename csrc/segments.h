@@ -5,8 +5,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -38,8 +40,11 @@ std::size_t first_not_finite(const Segments& segments);
 // in place when the codec allows; large ones are not looked through here (Snapshot::finite).
 // `residual` (empty or of the same length) is error feedback: segments + residual is encoded.
 // Nothing of the caller's is written to: that is keep_lost's part, when the round has taken it.
+// `chance`: a key for stochastic rounding, another one for each round and peer; without a residual
+// and for codecs that have it.
 Snapshot encode_segments(const RoundSpec& spec, const Segments& segments, const Segments& residual,
-                         bool borrow, const std::shared_ptr<const void>& owner);
+                         bool borrow, const std::shared_ptr<const void>& owner,
+                         std::optional<std::uint64_t> chance = {});
 
 // residual = segments + residual - decode(sent). Of a residual of bf16 or f16 the nearest.
 void keep_lost(const RoundSpec& spec, const Segments& segments, const Segments& residual,

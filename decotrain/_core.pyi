@@ -285,7 +285,7 @@ class Node:
     def event_fd(self) -> int:
         """Readable while there are events."""
 
-    def begin(self, buffers: list[Any], *, tag: int = 0, op: str = 'mean', codec: str = 'f32', result_codec: str | None = None, weight: float = 1.0, borrow: bool = False, residual: list[Any] | None = None, state_digest: int = 0, rule: str | None = None, rule_parameter: float = 0.0, chunk_elements: int | None = None) -> Work:
+    def begin(self, buffers: list[Any], *, tag: int = 0, op: str = 'mean', codec: str = 'f32', result_codec: str | None = None, weight: float = 1.0, borrow: bool = False, residual: list[Any] | None = None, state_digest: int = 0, rule: str | None = None, rule_parameter: float = 0.0, chunk_elements: int | None = None, chance: int | None = None) -> Work:
         """
         Begins the tag's next round with the buffers as one flat space; returns at once.
         """

@@ -26,7 +26,7 @@ from typing import Any
 from decotrain import codecs
 from decotrain import tensors as tn
 from decotrain._core import Node
-from decotrain.contribution import Given
+from decotrain.contribution import Given, draw_chance
 from decotrain.control import member as mb
 from decotrain.control.agent import Agent
 from decotrain.errors import (
@@ -149,6 +149,7 @@ class Communicator:
         out: Tensors | None = None,  # where the result goes; None: into `tensors`
         borrow: bool = False,  # f32 only: no snapshot copy; do not write to tensors before wait()
         residual: Tensors | None = None,  # f32 or bf16 error feedback, in place (docs/codecs.md)
+        stochastic: bool = False,  # round contributions by chance: int8, e2m1, e3m0, no residual
         rule: str | None = None,  # "median", "trimmed_mean", "norm_clip" instead of op's own
         rule_parameter: float = 0.0,
         state_digest: int = 0,  # of the state the contribution was computed from
@@ -171,7 +172,8 @@ class Communicator:
             "rule_parameter": rule_parameter, "chunk_elements": chunk_elements,
             "state_digest": state_digest,
         }  # fmt: skip
-        mine = Given(given, options, weight, borrow, kept)
+        chance = draw_chance(self.peer) if stochastic else None
+        mine = Given(given, options, weight, borrow, kept, chance)
         mine.check()
         for n, tensor in enumerate(places):
             tn.check_writable(tensor, f"tensor {n} of the result")

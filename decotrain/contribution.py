@@ -5,6 +5,8 @@ What is refused (NaN, no memory) has changed nothing of the caller's. Nothing he
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,16 @@ import numpy as np
 
 from decotrain import _core
 from decotrain import tensors as tn
-from decotrain.errors import NotFiniteError, OutOfMemoryError
+from decotrain.errors import ConfigError, NotFiniteError, OutOfMemoryError
+
+_DRAWN = itertools.count()
+STOCHASTIC = ("int8", "e2m1", "e3m0")  # codecs that have stochastic rounding
+
+
+def draw_chance(peer: int) -> int:
+    """A key for stochastic rounding that no other contribution has, of this peer or of another."""
+    text = f"{peer} {next(_DRAWN)}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -24,9 +35,17 @@ class Given:
     weight: float = 1.0
     borrow: bool = False
     residual: list[Any] | None = None  # of error feedback, updated when the round has begun
+    chance: int | None = None  # key of stochastic rounding; None: to the nearest
 
     def check(self) -> None:
-        """Raises RoundError for tensors that no round takes."""
+        """Raises RoundError for tensors that no round takes, ConfigError for a codec."""
+        codec = self.options["codec"]
+        if self.chance is not None and (self.residual is not None or codec not in STOCHASTIC):
+            raise ConfigError(
+                f"stochastic=True with codec={codec}"
+                f"{' and a residual' if self.residual is not None else ''}: stochastic rounding is"
+                f" for {', '.join(STOCHASTIC)} without error feedback"
+            )
         for n, tensor in enumerate(self.tensors):
             tn.check_type(tensor, f"tensor {n}")
         for n, tensor in enumerate(self.residual or []):
@@ -63,6 +82,8 @@ class Given:
     def _begin(self, node: Any) -> Any:
         device = tn.device_of([*self.tensors, *(self.residual or [])])
         if device is not None:
+            if self.chance is not None:
+                raise ConfigError("stochastic=True: tensors of a GPU are rounded to the nearest")
             from decotrain import device as on_device
 
             return on_device.begin(
@@ -70,7 +91,13 @@ class Given:
             )
         buffers = [tn.readable(tensor, f"tensor {n}") for n, tensor in enumerate(self.tensors)]
         if self.residual is None:
-            return node.begin(buffers, weight=self.weight, borrow=self.borrow, **self.options)
+            return node.begin(
+                buffers,
+                weight=self.weight,
+                borrow=self.borrow,
+                chance=self.chance,
+                **self.options,
+            )
         kept = [tn.writable(one, f"tensor {n} of residual") for n, one in enumerate(self.residual)]
         work = node.begin(
             buffers, weight=self.weight, residual=[buffer for buffer, _ in kept], **self.options

@@ -87,7 +87,8 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
                             const std::optional<std::string>& result_codec, double weight,
                             bool borrow, const std::optional<Items>& residual,
                             std::uint64_t state_digest, const std::optional<std::string>& rule,
-                            float rule_parameter, std::optional<std::uint32_t> chunk_elements) {
+                            float rule_parameter, std::optional<std::uint32_t> chunk_elements,
+                            std::optional<std::uint64_t> chance) {
   release_dropped();
   Buffers<ReadArray> from = buffers_of<ReadArray>(items);
   Buffers<WriteArray> feedback;
@@ -98,6 +99,9 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
   BeginArgs args = args_of({tag, op, codec, result_codec.value_or(codec), weight, state_digest,
                             rule, rule_parameter, chunk_elements},
                            total_elements(from.segments));
+  if (chance && (residual || !has_stochastic(args.spec.contribution))) {
+    throw nb::value_error("stochastic rounding is for int8, e2m1 and e3m0 without a residual");
+  }
   const std::shared_ptr<const void> owner =
       borrow ? keep_arrays(std::move(from.arrays)) : std::shared_ptr<const void>{};
   std::optional<std::size_t> bad;
@@ -106,7 +110,8 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
     const nb::gil_scoped_release released;
     try {
       if (weight > 0.0) {
-        args.snapshot = encode_segments(args.spec, from.segments, feedback.segments, borrow, owner);
+        args.snapshot =
+            encode_segments(args.spec, from.segments, feedback.segments, borrow, owner, chance);
       }
       const RoundSpec spec = args.spec;
       const Snapshot sent = args.snapshot;
@@ -400,7 +405,7 @@ void bind_node(nb::module_& m) {
       .def("begin", &begin, "buffers"_a, nb::kw_only(), "tag"_a = 0, "op"_a = "mean",
            "codec"_a = "f32", "result_codec"_a = nb::none(), "weight"_a = 1.0, "borrow"_a = false,
            "residual"_a = nb::none(), "state_digest"_a = 0, "rule"_a = nb::none(),
-           "rule_parameter"_a = 0.0f, "chunk_elements"_a = nb::none(),
+           "rule_parameter"_a = 0.0f, "chunk_elements"_a = nb::none(), "chance"_a = nb::none(),
            "Begins the tag's next round with the buffers as one flat space; returns at once.")
       .def("collect", &collect, "data"_a.none(), nb::kw_only(), "tag"_a = 0,
            "max_bytes"_a = 1 << 16, "state_digest"_a = 0, "ahead"_a = 0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decotrain import _core, codecs, tensors
 from decotrain.communicator import Communicator
+from decotrain.contribution import STOCHASTIC
 from decotrain.errors import ConfigError, NotFiniteError
 from decotrain.rounds import Result, Work
 
@@ -62,18 +63,29 @@ class CodecChoice:
     error_feedback: bool = False
     decay: float = 1.0  # of the residual, before each round
     residual: str = "f32"  # or "bf16": half the memory, and one part in 256 of it lost each round
+    stochastic: bool = False  # contributions are rounded by chance, so that means are kept
 
     def __post_init__(self) -> None:
+        if self.stochastic and (self.error_feedback or self.contribution not in STOCHASTIC):
+            raise ConfigError(
+                f"stochastic rounding is for contributions in {', '.join(STOCHASTIC)} without error"
+                f" feedback, not for {self.contribution}"
+                f"{' with it: say codec.error_feedback=false' if self.error_feedback else ''}"
+            )
         if self.residual not in RESIDUALS:
             raise ConfigError(f"residual={self.residual}: it is kept in {' or '.join(RESIDUALS)}")
 
     @staticmethod
     def named(
-        name: str, error_feedback: bool = False, decay: float = 1.0, residual: str = "f32"
+        name: str,
+        error_feedback: bool = False,
+        decay: float = 1.0,
+        residual: str = "f32",
+        stochastic: bool = False,
     ) -> CodecChoice:
         """From "int8" (both ways) or "e2m1+int8" (contributions + results)."""
         contribution, result = codecs.pair(name)
-        return CodecChoice(contribution, result, error_feedback, decay, residual)
+        return CodecChoice(contribution, result, error_feedback, decay, residual, stochastic)
 
     def new_residual(self, like: Tensor) -> Tensor | None:
         if not self.error_feedback:
@@ -103,6 +115,7 @@ class CodecChoice:
             weight=given.weight,
             out=given.out,
             residual=given.residual,
+            stochastic=self.stochastic,
             state_digest=given.state_digest,
         )
 

@@ -30,16 +30,22 @@ Choices = dict[str, Any]  # the four, as OuterOptimizer takes them; ddp: as Grad
 
 def coded(preset: Callable[..., Choices]) -> Callable[..., Choices]:
     """Adds the options of every preset that has no codec of its own: `codec` (one word, or
-    contributions+results), `error_feedback`, and the type of its `residual` (f32 or bf16)."""
+    contributions+results), `error_feedback`, the type of its `residual` (f32 or bf16), and
+    `stochastic` rounding instead of it."""
 
     @functools.wraps(preset)
     def whole(
-        *, codec: str = "f32", error_feedback: bool = False, residual: str = "f32", **options: Any
+        *,
+        codec: str = "f32",
+        error_feedback: bool = False,
+        residual: str = "f32",
+        stochastic: bool = False,
+        **options: Any,
     ) -> Choices:
-        chosen = CodecChoice.named(codec, error_feedback, residual=residual)
+        chosen = CodecChoice.named(codec, error_feedback, residual=residual, stochastic=stochastic)
         return {**preset(**options), "codec": chosen}
 
-    added = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:3]
+    added = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:4]
     own = inspect.signature(preset)
     options = [*own.parameters.values(), *added]
     whole.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
@@ -147,11 +153,12 @@ def muloco(
     error_feedback: bool = True,
     decay: float = 0.9,  # of what the codec lost
     residual: str = "f32",  # or bf16: what is kept of it
+    stochastic: bool = False,  # rounding, without error feedback
 ) -> Choices:
     """DiLoCo for Muon inside: few bits, and error feedback that fades (arXiv 2505.23725)."""
     return {
         "schedule": EveryH(sync_every),
-        "codec": CodecChoice.named(codec, error_feedback, decay, residual),
+        "codec": CodecChoice.named(codec, error_feedback, decay, residual, stochastic),
         "update": Nesterov(lr, momentum),
     }
 

@@ -57,6 +57,7 @@ class CodecSettings:
     name: str
     error_feedback: bool
     residual: str  # f32 or bf16
+    stochastic: bool
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Out
         options["codec"] = settings.codec.name
         options["error_feedback"] = settings.codec.error_feedback
         options["residual"] = settings.codec.residual
+        options["stochastic"] = settings.codec.stochastic
     state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
     options["epoch_portions"] = trainer.epoch_portions
     return make(preset, trainer.model, trainer.inner, comm, state=state, **options)
