@@ -11,6 +11,7 @@ from decotrain import _core
 from decotrain.errors import ConfigError
 
 NAMES = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
+STOCHASTIC = ("int8", "e2m1", "e3m0")  # those that have stochastic rounding
 
 
 def pair(name: str, result: str | None = None) -> tuple[str, str]:
@@ -24,6 +25,17 @@ def pair(name: str, result: str | None = None) -> tuple[str, str]:
         return _core.codec_pair(whole)
     except ValueError:
         raise ConfigError(f"codec={whole}: {_meant(whole)}") from None
+
+
+def check_stochastic(contribution: str, feedback: bool) -> None:
+    """ConfigError unless contributions of this codec can be rounded by chance."""
+    if contribution in STOCHASTIC and not feedback:
+        return
+    raise ConfigError(
+        f"stochastic rounding is for contributions in {', '.join(STOCHASTIC)} without error"
+        f" feedback, not for {contribution}"
+        f"{' with it (codec.error_feedback=false)' if feedback else ''}"
+    )
 
 
 def _meant(whole: str) -> str:

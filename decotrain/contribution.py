@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from decotrain import _core
+from decotrain import _core, codecs
 from decotrain import tensors as tn
 from decotrain.errors import ConfigError, NotFiniteError, OutOfMemoryError
 
 _DRAWN = itertools.count()
-STOCHASTIC = ("int8", "e2m1", "e3m0")  # codecs that have stochastic rounding
 
 
 def draw_chance(peer: int) -> int:
@@ -39,13 +38,8 @@ class Given:
 
     def check(self) -> None:
         """Raises RoundError for tensors that no round takes, ConfigError for a codec."""
-        codec = self.options["codec"]
-        if self.chance is not None and (self.residual is not None or codec not in STOCHASTIC):
-            raise ConfigError(
-                f"stochastic=True with codec={codec}"
-                f"{' and a residual' if self.residual is not None else ''}: stochastic rounding is"
-                f" for {', '.join(STOCHASTIC)} without error feedback"
-            )
+        if self.chance is not None:
+            codecs.check_stochastic(self.options["codec"], self.residual is not None)
         for n, tensor in enumerate(self.tensors):
             tn.check_type(tensor, f"tensor {n}")
         for n, tensor in enumerate(self.residual or []):

@@ -63,6 +63,9 @@ def test_the_shipped_configuration_is_valid() -> None:
         ("model.kv_heads", 3, r"model.heads=4 is not a multiple of model.kv_heads=3"),
         ("inner.betas", [0.9], r"inner.betas=\[0.9\] must be"),
         ("prompt", "", r"prompt is empty"),
+        ("codec.name", "int7", r"codec=int7: did you mean int8"),
+        ("codec.residual", "f16", r"codec.residual=f16: one of f32, bf16"),
+        ("codec.stochastic", True, r"stochastic rounding is for .*, not for f32"),
     ],
 )
 def test_what_is_wrong_is_named(key: str, value: Any, message: str) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from decotrain import _core, codecs, tensors
 from decotrain.communicator import Communicator
-from decotrain.contribution import STOCHASTIC
 from decotrain.errors import ConfigError, NotFiniteError
 from decotrain.rounds import Result, Work
 
@@ -66,12 +65,8 @@ class CodecChoice:
     stochastic: bool = False  # contributions are rounded by chance, so that means are kept
 
     def __post_init__(self) -> None:
-        if self.stochastic and (self.error_feedback or self.contribution not in STOCHASTIC):
-            raise ConfigError(
-                f"stochastic rounding is for contributions in {', '.join(STOCHASTIC)} without error"
-                f" feedback, not for {self.contribution}"
-                f"{' with it: say codec.error_feedback=false' if self.error_feedback else ''}"
-            )
+        if self.stochastic:
+            codecs.check_stochastic(self.contribution, self.error_feedback)
         if self.residual not in RESIDUALS:
             raise ConfigError(f"residual={self.residual}: it is kept in {' or '.join(RESIDUALS)}")
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from decotrain import codecs
 from decotrain.errors import ConfigError
 from decotrain.train import typed
 
@@ -152,6 +153,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 CHOICES = {
     "resume": ("never", "auto"),
+    "codec.residual": ("f32", "bf16"),
     "inner.optimizer": ("adamw", "muon"),
     "outer.preset": (
         "local_sgd", "diloco", "streaming", "eager", "co2", "sparseloco", "delayed_nesterov",
@@ -183,6 +185,10 @@ def _check_together(settings: Settings) -> None:
             f"steps={settings.steps} is not a multiple of outer.sync_every={outer.sync_every}:"
             " the last steps would never be shared"
         )
+    codec = settings.codec
+    contribution, _ = codecs.pair(codec.name)
+    if codec.stochastic:
+        codecs.check_stochastic(contribution, codec.error_feedback)
     if not settings.prompt:
         raise ConfigError("prompt is empty; the generated sample starts from at least one byte")
 
