@@ -3,8 +3,9 @@
 Two questions. Throughput: how much of the link does a large round use? Goodput is
 2 (n-1)/n x bytes on the wire / time, as a share of what a site may send. Latency: how
 many one-way delays does a 64 KiB round take, for n = 2 to 8? A sample of the first is one call at
-the slowest peer, of the second the mean over peers and calls one after the other. Variants take
-turns.
+the slowest peer, of the second the mean over peers and calls one after the other; `after_pause_ms`
+is the call before those, the first after seconds of silence: the kernel has forgotten how much a
+stream may have under way and begins with ten packets. Variants take turns.
 
 Options (`--set`): profiles=, peers=4, mib=256, codecs=f32,int8, gloo=0 (without torch), streams=0
 (automatic), latency=0 or throughput=0 to leave one question out, latency_peers=2,4,8,
@@ -34,6 +35,7 @@ from bench.wan.profiles import PROFILES, Access, Profile
 
 SMALL_BYTES = 64 << 10
 CHUNK_ELEMENTS = 64 << 10  # what a large round has
+PAUSE_S = 1.0
 SLACK_MS = 10.0  # what a small round may take beyond three one-way delays
 ANSWER_S = 300.0
 # Bits of one element on the wire, scales included.
@@ -204,10 +206,17 @@ def latency(report: Report, settings: Settings, profile: Profile, peers: int) ->
         team = Team(lab, options_of(settings))
         tasks = {n: t for n, t in variants(settings).items() if n.endswith("f32")}
 
-        def run(name: str) -> float:
-            said = team.run(elements=SMALL_BYTES // 4, calls=calls, **tasks[name])
+        first: dict[str, list[float]] = {name: [] for name in tasks}
+
+        def measured(name: str, count: int) -> float:
+            said = team.run(elements=SMALL_BYTES // 4, calls=count, **tasks[name])
             # Peers start up to one delay apart and end so too: only the mean knows no such shift.
             return 1000 * mean(float(s["wall_s"]) for s in said)
+
+        def run(name: str) -> float:
+            time.sleep(PAUSE_S)
+            first[name].append(measured(name, 1))
+            return measured(name, calls)
 
         samples = interleave({n: lambda n=n: run(n) for n in tasks}, repeats)
         team.close()
@@ -215,6 +224,7 @@ def latency(report: Report, settings: Settings, profile: Profile, peers: int) ->
         report.add(
             {"profile": profile.name, "round": "64 KiB", "peers": peers, "what": name},
             latency_ms=values,
+            after_pause_ms=first[name],
             one_way_delays=[v / (profile.rtt_ms / 2) for v in values],
         )
         log(f"  {profile.name} n={peers} {name}: {[round(v) for v in values]} ms of {bound_ms:.0f}")
@@ -243,6 +253,8 @@ def run(settings: Settings) -> Report:
     if settings.option("latency", "1") == "1":
         report.table("latency", "latency_ms", columns="what", where={"round": "64 KiB"},
                      title="64 KiB rounds at 90 ms RTT, ms a call")  # fmt: skip
+        report.table("pause", "after_pause_ms", columns="what", where={"round": "64 KiB"},
+                     title="The first of them after a pause")  # fmt: skip
         report.plot("latency", "peers", "latency_ms", lines="what", where={"round": "64 KiB"},
                     title="A 64 KiB round at 90 ms RTT")  # fmt: skip
     report.note("goodput: 2 (n-1)/n x encoded bytes / time; link_percent: of the slowest site's "

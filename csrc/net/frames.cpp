@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kFramesPerWrite = 16;
 constexpr std::size_t kGatherBytes = 256 << 10;     // small frames share a system call up to this
 constexpr std::size_t kLargeFrameBytes = 64 << 10;  // worth timing
-constexpr std::size_t kBulkBytes = 64 << 10;        // in one turn: more than a small round has
+constexpr std::size_t kBulkBytes = 128 << 10;       // in one turn: more than a small round has
 constexpr double kPause_s = 0.5;
 constexpr int kTurnsPerServe = 4;  // system calls for one stream before others have their turn
 
