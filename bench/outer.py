@@ -13,10 +13,10 @@ other's turn on the processor are in it, so it is in the JSON and in no table.
 left out with probability 0.3) are there to compare with.
 
 Options (`--set`): peers=4, steps=1200, every=24, seeds=3, width=160, layers=4, context=64, batch=4,
-lr=3e-3, variants=a;b (names from the table, with options behind them; default: all), data=PATH
-(default: Python's sources), keep=FOLDER (each case's figures are kept there and not measured again:
-a long run can be stopped and can be made in pieces, `variants` and `--seed` at a time, before the
-one that draws the tables).
+lr=3e-3, variants=a;b (names from the table, with options behind them, and `seeds=N` last for fewer
+seeds than the others; default: all), data=PATH (default: Python's sources), keep=FOLDER (each
+case's figures are kept there and not measured again: a long run can be stopped and can be made in
+pieces, `variants` and `--seed` at a time, before the one that draws the tables).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from decotrain.train.worker import held_out_loss
 
 WAIT_S = 3600.0  # a machine may be busy with other things
 DROPPED = 0.3
+BASES = ("ddp", "diloco")  # what the others are compared with, seed by seed
 HELD_OUT_WINDOWS = 512
 
 
@@ -267,6 +268,12 @@ class Case:
 MAKING = threading.Lock()  # torch's generator is one for the process
 
 
+def _turns(name: str, seeds: int) -> tuple[str, int]:
+    """The variant's name and how many seeds it gets: "eager seeds=1"."""
+    base, _, own = name.partition(" seeds=")
+    return base, min(int(own), seeds) if own else seeds
+
+
 def run(settings: Settings) -> Report:
     report = Report("outer", "Outer optimizers: loss, bytes and peak on equal tokens", settings)
     quick = ["ddp", "diloco", "streaming e2m1+int8", "sparseloco"] if settings.quick else VARIANTS
@@ -276,28 +283,32 @@ def run(settings: Settings) -> Report:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found: dict[str, dict[str, list[float]]] = {}
+    turns = [_turns(name, seeds) for name in chosen]
     try:
         for seed in range(settings.seed, settings.seed + seeds):  # variants in turns
-            for name in chosen:
+            for name in [name for name, own in turns if seed < settings.seed + own]:
                 started_s = time.perf_counter()
                 case = Case(settings, name, seed)
                 figures = case.kept(folder)
-                base = found.get("ddp", {}).get("held_out_nats", [])
-                if name == "ddp" or len(base) > seed - settings.seed:
-                    ddp = figures["held_out_nats"] if name == "ddp" else base[-1]
-                    figures["over_ddp_percent"] = 100 * (figures["held_out_nats"] / ddp - 1)
+                for base in BASES:
+                    known = found.get(base, {}).get("held_out_nats", [])
+                    if name == base or len(known) > seed - settings.seed:
+                        least = figures["held_out_nats"] if name == base else known[-1]
+                        over = 100 * (figures["held_out_nats"] / least - 1)
+                        figures[f"over_{base}_percent"] = over
                 for key, value in figures.items():
                     found.setdefault(name, {}).setdefault(key, []).append(value)
                 log(f"{name}, seed {seed}: {figures}, {time.perf_counter() - started_s:.0f} s")
     finally:
         torch.set_num_threads(threads)
     for name, metrics in found.items():
-        report.add({"variant": name}, **metrics)
+        report.add({"variant": name, "seeds": len(metrics["held_out_nats"])}, **metrics)
     parameters = sum(p.numel() for p in case._model().parameters())
     report.note(
         f"{case.peers} peers, {parameters:,} parameters, {case.steps} steps of"
         f" {case.batch} x {case.config.context} bytes each, a round every {case.every}"
-        f" ({case.steps // case.every} rounds), {seeds} seeds from {settings.seed}."
+        f" ({case.steps // case.every} rounds), inner rate {case.variant.lr:g}, seeds from"
+        f" {settings.seed}."
     )
     report.note(
         "peak_step_kilobytes is the most that one peer moves each way in any one inner step: in any"
@@ -305,7 +316,8 @@ def run(settings: Settings) -> Report:
         " only: here they are threads that wait for each other's turn on the processor, and it says"
         " more of that than of the links. `python -m bench wan-utilisation` measures it on links."
     )
-    columns = ["held_out_nats", "over_ddp_percent", "sent_megabytes", "peak_step_kilobytes"]
+    over = [f"over_{base}_percent" for base in BASES]
+    columns = ["held_out_nats", *over, "sent_megabytes", "peak_step_kilobytes"]
     report.table("all", columns)
     report.plot("loss", "variant", "held_out_nats", title="Held-out loss of the outer parameters")
     return report
