@@ -1,17 +1,17 @@
 """Does SPSA learn? A model pre-trained on Python sources by `decotrain train` meets another text.
 
-Runs: 4 peers that send bytes, the same with float32 scalars in place of the bytes, and 1 peer at
-several rates, of which its best counts (the 4 have one rate and are not tuned), each for the same
-number of steps. All peers of a run hold the same parameters, so one process plays
+Runs: 4 peers that send bytes, the same with float32 scalars in place of the bytes, and 1 peer, each
+for the same number of steps; 4 peers and 1 each at several rates, of which the best for a seed
+counts when they are compared. All peers of a run hold the same parameters, so one process plays
 them all: it measures slot after slot, encodes, and applies the record. (The exchange itself is in
 tests/test_spsa_real.py, tests/test_finetune.py and the suite `wan-spsa`.) `z` is the mean fall of
 the held-out loss over windows of text, in standard errors. Two runs at a time.
 
-Options (`--set`): steps=2000, samples=4 (of a peer), lr=6e-3, lr_alone=1.5e-3;3e-3 (of 1 peer),
-epsilon=1e-3, batch=4, seeds=2, text=PATH (default: a made-up language), base=PATH (a run of
-`decotrain train`; default: one is made, with pretrain=1500 steps), windows=256 (held out),
-processes=2, keep=FOLDER (what is there of runs with the same options is not run again: a long suite
-in pieces).
+Options (`--set`): steps=2000, samples=4 (of a peer), lr=6e-3 (4 peers), lr_more=3e-3 (4 peers,
+bytes only), lr_alone=1.5e-3;3e-3 (1 peer), epsilon=1e-3, batch=4, seeds=2, text=PATH (default: a
+made-up language), base=PATH (a run of `decotrain train`; default: one is made, with pretrain=1500
+steps), windows=256 (held out), processes=2, keep=FOLDER (what is there of runs with the same
+options is not run again: a long suite in pieces).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Kind = tuple[int, str, float, int]  # peers, scalars, rate, seed
 CURVE_POINTS = 20
 LOG_STEPS = 20_000
 DEFAULTS = {
-    "steps": "2000", "samples": "4", "lr": "6e-3", "lr_alone": "1.5e-3;3e-3",
-    "epsilon": "1e-3", "batch": "4", "seeds": "2",
+    "steps": "2000", "samples": "4", "lr": "6e-3", "lr_more": "3e-3",
+    "lr_alone": "1.5e-3;3e-3", "epsilon": "1e-3", "batch": "4", "seeds": "2",
     "windows": "256", "pretrain": "1500", "processes": "2",
 }  # fmt: skip
 QUICK = {
@@ -54,6 +54,7 @@ QUICK = {
     "windows": "4",
     "batch": "2",
     "lr_alone": "3e-3",
+    "lr_more": "",
 }
 
 
@@ -68,8 +69,10 @@ def run(settings: Settings) -> Report:
             chosen["base"] = str(_pretrain(place, int(chosen["pretrain"])))
         seeds = range(settings.seed, settings.seed + int(chosen["seeds"]))
         rates = [float(rate) for rate in chosen.pop("lr_alone").split(";")]
+        more = [float(rate) for rate in chosen.pop("lr_more").split(";") if rate]
         lr = float(chosen.pop("lr"))
         cases = [(4, kind, lr, seed) for seed in seeds for kind in ("byte", "float32")]
+        cases += [(4, "byte", rate, seed) for seed in seeds for rate in more]
         cases += [(1, "byte", rate, seed) for seed in seeds for rate in rates]
         with ThreadPoolExecutor(int(chosen["processes"])) as pool:
             done = list(pool.map(lambda case: _in_process(case, chosen), cases))
@@ -93,17 +96,21 @@ def run(settings: Settings) -> Report:
 
 def _together(report: Report, cases: list[Kind], done: list[Any]) -> None:
     """What the runs say side by side: the goals of the suite."""
-    after: dict[tuple[int, str], dict[int, list[float]]] = {}
-    for (peers, scalars, _, seed), result in zip(cases, done, strict=True):
-        seeds = after.setdefault((peers, scalars), {})
-        seeds.setdefault(seed, []).append(result["after"])
-    best = {kind: [min(each) for each in seeds.values()] for kind, seeds in after.items()}
-    four, wide, one = best[4, "byte"], best[4, "float32"], best[1, "byte"]
+    after = {case: float(result["after"]) for case, result in zip(cases, done, strict=True)}
+    wide = {(rate, seed): nats for (_, kind, rate, seed), nats in after.items() if kind != "byte"}
+    same = {(rate, seed): after[4, "byte", rate, seed] for rate, seed in wide}
+    seeds = sorted({seed for *_, seed in cases})
+
+    def best(peers: int, seed: int) -> float:
+        return min(
+            n for (p, kind, _, s), n in after.items() if (p, kind, s) == (peers, "byte", seed)
+        )
+
     report.add(
         {"what": "together"},
-        four_below_one_nats=[b - a for a, b in zip(four, one, strict=True)],
-        byte_above_float32_nats=[a - b for a, b in zip(four, wide, strict=True)],
-        between_seeds_nats=max(four + wide) - min(four + wide),
+        four_below_one_nats=[best(1, seed) - best(4, seed) for seed in seeds],
+        byte_above_float32_nats=[same[key] - wide[key] for key in wide],
+        between_seeds_nats=max(same.values()) - min(same.values()),
     )
 
 
