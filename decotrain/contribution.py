@@ -40,6 +40,8 @@ class Given:
         """Raises RoundError for tensors that no round takes, ConfigError for a codec."""
         if self.chance is not None:
             codecs.check_stochastic(self.options["codec"], self.residual is not None)
+            if tn.device_of(self.tensors) is not None:
+                raise ConfigError("stochastic=True: tensors of a GPU are rounded to the nearest")
         for n, tensor in enumerate(self.tensors):
             tn.check_type(tensor, f"tensor {n}")
         for n, tensor in enumerate(self.residual or []):
@@ -76,8 +78,6 @@ class Given:
     def _begin(self, node: Any) -> Any:
         device = tn.device_of([*self.tensors, *(self.residual or [])])
         if device is not None:
-            if self.chance is not None:
-                raise ConfigError("stochastic=True: tensors of a GPU are rounded to the nearest")
             from decotrain import device as on_device
 
             return on_device.begin(
