@@ -45,6 +45,11 @@ class Settings:
     def option(self, name: str, default: str) -> str:
         return self.options.get(name, default)
 
+    def told(self) -> dict[str, Any]:
+        """What a file of results says of them: nothing of where this machine keeps what."""
+        options = {name: one for name, one in self.options.items() if not one.startswith("/")}
+        return {**asdict(self), "options": options}
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -171,7 +176,7 @@ class Report:
             "title": self.title,
             "started": self._started.isoformat(timespec="seconds"),
             "duration_s": round(time.perf_counter() - self._start, 3),
-            "settings": asdict(self.settings),
+            "settings": self.settings.told(),
             "machine": machine_facts(),
             "notes": self.notes,
             "rows": self.rows,

@@ -70,6 +70,11 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
         common.read_results(path)
 
 
+def test_results_do_not_say_where_this_machine_keeps_things() -> None:
+    told = common.Settings(options={"keep": "/var/kept", "seeds": "2"}).told()
+    assert told["options"] == {"seeds": "2"}
+
+
 def test_machine_facts_name_no_host() -> None:
     import platform
 
