@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from decotrain.outer.allotment import Allotment
 
+KEPT_SHARE = 0.5  # of progress and tokens that a round did not count: see close_in
+
 
 class Fragment:
     """theta (outer parameters), buffers, and which parameters of the model they belong to."""
@@ -138,7 +140,7 @@ class Fragment:
         (docs/outer.md has figures). Who was away for long comes back to theta, and does not pull
         the others to where it left them.
         """
-        share = 0.5 ** max(rounds, 1)
+        share = KEPT_SHARE ** max(rounds, 1)
         self.tokens *= share
         self.base.copy_(self.theta)
         for parameter, outer in self.pairs(self.theta):

@@ -39,7 +39,7 @@ from decotrain.outer.allotment import Allotment
 from decotrain.outer.background import in_background
 from decotrain.outer.codec import Codec, CodecChoice, Contribution
 from decotrain.outer.flight import Flight, Landed
-from decotrain.outer.fragment import Fragment
+from decotrain.outer.fragment import KEPT_SHARE, Fragment
 from decotrain.outer.merge import Eager, Merge, Replace
 from decotrain.outer.schedule import Schedule
 from decotrain.outer.update import Update
@@ -210,10 +210,10 @@ class OuterOptimizer:
         if self.schedule.late:  # before the flight: it moves theta when it comes back
             self._enter(fragment, delta, len(landed.contributors) if landed else 0)
         if again is not None and began is not None:  # goes with the next round: see close_in
-            fragment.move(began.sub_(fragment.base).sub_(again.delta), 0.5)
+            fragment.move(began.sub_(fragment.base).sub_(again.delta), KEPT_SHARE)
             self._restore(fragment, again)
         self._send(fragment, delta)
-        fragment.tokens += 0.5 * again.tokens if again is not None else 0.0
+        fragment.tokens += KEPT_SHARE * again.tokens if again is not None else 0.0
         return synced
 
     def _send(self, fragment: Fragment, delta: Tensor) -> None:
