@@ -3,8 +3,9 @@
 `nmse_percent` is the error of the mean of n peers in percent of the mean's power, for values with
 heavy tails (t4 rows of log-normal scale, half of the spread common to all), averaged over two
 seeds; `table_percent` is ALGORITHMS f's, where it has one. `sum_percent` is the error of the sum of
-32 rounds of two peers with a common drift: without error feedback, with it, and with its residual
-in bf16. "c+f32" leaves results exact: then all of the error is the senders'.
+32 rounds of two peers with a common drift: without error feedback, with it, with its residual in
+bf16, and with the owners' feedback beside the senders'. "c+f32" leaves results exact: then all of
+the error is the senders'.
 Nothing is timed and sums run in rank order: every machine gives these figures.
 """
 
@@ -76,19 +77,26 @@ def team(count: int) -> Iterator[list[_core.Node]]:
 
 
 def mean_of(
-    nodes: list[_core.Node], given: list[F32], codec: str, residuals: list[Any] | None = None
+    nodes: list[_core.Node],
+    given: list[F32],
+    codec: str,
+    residuals: list[Any] | None = None,
+    owners: list[F32] | None = None,
 ) -> F32:
     """One round; all peers have the same bits of its result."""
     contribution, result_codec = _core.codec_pair(codec)
     works = [
         node.begin([values], codec=contribution, result_codec=result_codec,
-                   residual=None if residuals is None else [residuals[i]])
+                   residual=None if residuals is None else [residuals[i]],
+                   owner_residual=None if owners is None else owners[i])
         for i, (node, values) in enumerate(zip(nodes, given, strict=True))
     ]  # fmt: skip
     results = []
-    for work in works:
+    for i, work in enumerate(works):
         assert work.wait(WAIT_S)
         results.append(work.result())
+        if owners is not None:
+            results[-1].keep_lost(owners[i])
     assert len({result.digest for result in results}) == 1
     out = np.empty_like(given[0])
     results[-1].decode_into([out])
@@ -126,9 +134,15 @@ def _sums(report: Report, settings: Settings, nodes: list[_core.Node]) -> None:
         for residual, kept in (("none", None), ("f32", np.float32), ("bf16", np.uint16)):
             report.add({"what": "sum", "codec": codec, "residual": residual},
                        sum_percent=_sum(nodes, codec, kept, elements, settings.seed))  # fmt: skip
+        if not codec.endswith("+f32"):
+            both = _sum(nodes, codec, np.float32, elements, settings.seed, owners=True)
+            report.add({"what": "sum", "codec": codec, "residual": "f32, owners too"},
+                       sum_percent=both)  # fmt: skip
 
 
-def _sum(nodes: list[_core.Node], codec: str, kept: Any, elements: int, seed: int) -> float:
+def _sum(
+    nodes: list[_core.Node], codec: str, kept: Any, elements: int, seed: int, owners: bool = False
+) -> float:
     random = np.random.default_rng(seed)
     scale = np.exp(random.normal(0, 1, elements // 1024)).repeat(1024)
     drift = 0.5 * random.standard_t(4, elements)
@@ -136,11 +150,12 @@ def _sum(nodes: list[_core.Node], codec: str, kept: Any, elements: int, seed: in
     if kept is not None:
         arrays = [np.zeros(elements, kept) for _ in nodes]
         residuals = [(one, "bf16") if kept is np.uint16 else one for one in arrays]
+    owned = [np.zeros(elements, np.float32) for _ in nodes] if owners else None
     meant, got = np.zeros(elements), np.zeros(elements)
     for _ in range(ROUNDS):
         given = [
             (scale * (drift + random.standard_t(4, elements))).astype(np.float32) for _ in nodes
         ]
         meant += np.mean([values.astype(np.float64) for values in given], axis=0)
-        got += mean_of(nodes, given, codec, residuals)
+        got += mean_of(nodes, given, codec, residuals, owned)
     return float(np.square(got - meant).mean() / np.square(meant).mean() * 100)

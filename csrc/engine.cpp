@@ -76,6 +76,11 @@ std::uint64_t Impl::begin(BeginArgs args, double now) {
   if (!std::isfinite(args.weight) || args.weight < 0.0) {
     throw std::invalid_argument("the weight must be finite and not negative");
   }
+  if (args.owner_residual.values != nullptr &&
+      (args.spec.op == Op::collect || args.spec.ahead > 0)) {
+    // A round ahead would add what the one before it has added already.
+    throw std::invalid_argument("an owner's residual is for reductions, one round at a time");
+  }
   if (args.spec.op == Op::collect && args.collect_bytes > args.spec.chunk_elements) {
     throw std::invalid_argument("more bytes than the collect round allows a peer");
   }
@@ -107,6 +112,7 @@ std::uint64_t Impl::begin(BeginArgs args, double now) {
   round.weight = args.weight;
   round.state_digest = roles.self_active() ? args.state_digest : 0;
   round.snapshot = std::move(args.snapshot);
+  round.owner_residual = std::move(args.owner_residual);
   round.collect_bytes = args.collect_bytes;
   tag.next = seq + 1;
   if (!frozen) {

@@ -61,6 +61,13 @@ struct Snapshot {
   std::uint32_t ready = kAllChunks;
 };
 
+// Error feedback of the results we own: what earlier ones lost, for all elements of the round. It
+// is read while the round is open; what this round's lose is in its result.
+struct OwnerResidual {
+  const float* values = nullptr;  // null: none
+  std::shared_ptr<const void> keep;
+};
+
 struct BeginArgs {
   std::uint32_t tag = 0;
   RoundSpec spec;
@@ -68,12 +75,19 @@ struct BeginArgs {
   std::size_t collect_bytes = 0;  // collect: length of the snapshot
   double weight = 1.0;            // 0: SKIP
   std::uint64_t state_digest = 0;
+  OwnerResidual owner_residual;
 };
 
 enum class Outcome : std::uint8_t {
   stable,  // every active peer of the view holds these bits
   lost,    // the round was completed without us and its bytes are gone: fetch the state
   left     // we are not in the view any more
+};
+
+// What the result of a chunk that was combined here lost, residual included.
+struct Lost {
+  std::uint32_t chunk = 0;
+  std::shared_ptr<const float[]> values;
 };
 
 // What a round leaves behind. Result chunks stay encoded until the caller decodes them.
@@ -91,6 +105,7 @@ struct RoundResult {
   std::shared_ptr<const void> keep;
   bool begun = true;       // false: we got it as an observer or newly active peer
   bool withdrawn = false;  // our contribution was not finite: chunks that showed it lack it
+  std::vector<Lost> lost;  // of rounds begun with an owner's residual: what replaces it, in parts
 };
 
 enum class EventKind : std::uint8_t {

@@ -152,6 +152,7 @@ void Round::drop_value(std::uint32_t c) {
   chunk.held = false;
   chunk.value = nullptr;
   chunk.keep.reset();
+  chunk.lost.reset();  // whoever makes the value anew keeps what that one loses
   chunk.bytes = 0;
   ++missing;
 }
@@ -195,11 +196,18 @@ bool Round::combine_chunk(std::uint32_t c, const Roles& roles, ViewId view,
   } else {
     where = place(c, bytes);
   }
+  OwnerFeedback feedback;
+  std::shared_ptr<float[]> lost;
+  if (owner_residual.values != nullptr) {
+    lost = std::make_shared_for_overwrite<float[]>(elements);
+    feedback = {owner_residual.values + std::size_t{c} * spec.chunk_elements, lost.get()};
+  }
   if (!combine(spec.rule, spec.rule_parameter, spec.contribution, from, elements, spec.result,
-               where.at)) {
+               where.at, feedback)) {
     return false;
   }
   const std::uint64_t value_digest = decotrain::digest({where.at, bytes});
+  chunk.lost = std::move(lost);
   set_value(c, std::move(where), static_cast<std::uint32_t>(bytes), value_digest, contributors,
             view);
   return true;
@@ -277,6 +285,10 @@ RoundResult Round::result(Outcome outcome, ViewId view, std::uint8_t self) const
     out.chunks.push_back(chunk.value);
     all |= chunk.contributors;
     if (chunk.keep && chunk.keep != results) keep->chunks.push_back(chunk.keep);
+    if (chunk.lost) {
+      const auto c = static_cast<std::uint32_t>(out.chunks.size() - 1);
+      out.lost.push_back({c, chunk.lost});
+    }
   }
   for (std::uint8_t slot = 0; slot < kMaxPeers; ++slot) {
     if ((all & bit(slot)) != 0) out.peers.emplace_back(slot, peers[slot]);

@@ -51,6 +51,7 @@ struct Chunk {
   SlotMask waived = 0;
   double grace_at = kNever;
   std::vector<HeldContribution> contributions;
+  std::shared_ptr<const float[]> lost;  // by this value, if it was combined here
 
   // As contributor.
   bool owner_has_ours = false;
@@ -98,6 +99,7 @@ struct Round {
   double weight = 0.0;
   std::uint64_t state_digest = 0;
   Snapshot snapshot;
+  OwnerResidual owner_residual;
   std::size_t collect_bytes = 0;
 
   // When each slot's last contribution came here, our own with begin(); 0: none.

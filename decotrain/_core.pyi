@@ -132,10 +132,11 @@ def codec_decode(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(N
 def codec_valid(codec: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], elements: int) -> bool:
     """True when the bytes are a valid encoding of so many finite values."""
 
-def codec_combine(rule: str, codec: str, contributions: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], weights: Sequence[float], elements: int, result_codec: str, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], parameter: float = 0.0) -> bool:
+def codec_combine(rule: str, codec: str, contributions: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], weights: Sequence[float], elements: int, result_codec: str, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], parameter: float = 0.0, residual: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, lost: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')] | None = None) -> bool:
     """
     Combines encoded contributions in the order given into one encoded result; False when
-    the value is not finite or the rule's parameter is wrong.
+    the value is not finite or the rule's parameter is wrong. The owner's feedback: residual
+    is added to the value, and lost is then what the result lost.
     """
 
 def topk_bytes(elements: int, k: int) -> int:
@@ -207,6 +208,11 @@ class Result:
 
     def decode_into(self, buffers: list[Any]) -> None:
         """Writes the result to a list of arrays; zeros where nobody contributed."""
+
+    def keep_lost(self, owner_residual: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """
+        Of a round begun with this residual: replaces its parts by what our values lost.
+        """
 
     def view_f32(self) -> object:
         """A read-only view of an f32 result in one piece, or None."""
@@ -285,7 +291,7 @@ class Node:
     def event_fd(self) -> int:
         """Readable while there are events."""
 
-    def begin(self, buffers: list[Any], *, tag: int = 0, op: str = 'mean', codec: str = 'f32', result_codec: str | None = None, weight: float = 1.0, borrow: bool = False, residual: list[Any] | None = None, state_digest: int = 0, rule: str | None = None, rule_parameter: float = 0.0, chunk_elements: int | None = None, chance: int | None = None) -> Work:
+    def begin(self, buffers: list[Any], *, tag: int = 0, op: str = 'mean', codec: str = 'f32', result_codec: str | None = None, weight: float = 1.0, borrow: bool = False, residual: list[Any] | None = None, state_digest: int = 0, rule: str | None = None, rule_parameter: float = 0.0, chunk_elements: int | None = None, chance: int | None = None, owner_residual: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> Work:
         """
         Begins the tag's next round with the buffers as one flat space; returns at once.
         """
@@ -331,7 +337,7 @@ class Node:
 
     def close(self) -> None: ...
 
-    def begin_encoded(self, encoded: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], elements: int, *, tag: int, op: str, codec: str, result_codec: str, weight: float, state_digest: int, rule: str | None, rule_parameter: float, chunk_elements: int) -> Work:
+    def begin_encoded(self, encoded: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], elements: int, *, tag: int, op: str, codec: str, result_codec: str, weight: float, state_digest: int, rule: str | None, rule_parameter: float, chunk_elements: int, owner_residual: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> Work:
         """
         Begins a round with encoded chunks that need not be there yet: chunks_ready follows.
         """

@@ -38,6 +38,15 @@ def check_stochastic(contribution: str, feedback: bool) -> None:
     )
 
 
+def check_owner_feedback(result: str) -> None:
+    """ConfigError where results lose nothing that an owner could keep."""
+    if result == "f32":
+        raise ConfigError(
+            "owner feedback keeps what results lose, and results in f32 lose nothing: name another"
+            " codec for them, or leave it out (codec.owner_feedback=false)"
+        )
+
+
 def _meant(whole: str) -> str:
     parts = [part.strip().lower() for part in whole.replace("/", "+").replace(",", "+").split("+")]
     near = [difflib.get_close_matches(part, NAMES, 1, 0.4) for part in parts]

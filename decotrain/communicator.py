@@ -26,7 +26,7 @@ from typing import Any
 from decotrain import codecs
 from decotrain import tensors as tn
 from decotrain._core import Node
-from decotrain.contribution import Given, draw_chance
+from decotrain.contribution import Given, draw_chance, flat
 from decotrain.control import member as mb
 from decotrain.control.agent import Agent
 from decotrain.errors import (
@@ -149,6 +149,7 @@ class Communicator:
         out: Tensors | None = None,  # where the result goes; None: into `tensors`
         borrow: bool = False,  # f32 only: no snapshot copy; do not write to tensors before wait()
         residual: Tensors | None = None,  # f32 or bf16 error feedback, in place (docs/codecs.md)
+        owner_residual: Any = None,  # f32, as long: error feedback of the results that we own
         stochastic: bool = False,  # round contributions by chance: int8, e2m1, e3m0, no residual
         rule: str | None = None,  # "median", "trimmed_mean", "norm_clip" instead of op's own
         rule_parameter: float = 0.0,
@@ -173,7 +174,7 @@ class Communicator:
             "state_digest": state_digest,
         }  # fmt: skip
         chance = draw_chance(self.peer) if stochastic else None
-        mine = Given(given, options, weight, borrow, kept, chance)
+        mine = Given(given, options, weight, borrow, kept, chance, owner_residual)
         mine.check()
         for n, tensor in enumerate(places):
             tn.check_writable(tensor, f"tensor {n} of the result")
@@ -187,7 +188,9 @@ class Communicator:
                 self._shared.skipped.setdefault(tag, []).append(work)
                 raise
 
-        return self._begin(tag, begin, places)
+        work = self._begin(tag, begin, places)
+        work._owner_residual = flat(owner_residual) if owner_residual is not None else None
+        return work
 
     def collect(
         self, data: bytes | None, *, tag: int = 0, max_bytes: int = 1 << 16, ahead: int = 0

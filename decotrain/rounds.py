@@ -68,6 +68,7 @@ class Work:
     ) -> None:
         self.comm, self.tag = comm, tag
         self._work, self._incarnation, self._out, self._again = work, incarnation, out, again
+        self._owner_residual: Any = None  # flat
         self._result: Result | None = None
         self._told = False  # that our contribution was withdrawn
 
@@ -107,6 +108,8 @@ class Work:
                         f"round {self.seq} of tag {self.tag} is not complete yet: {comm._why()}"
                     )
             held = self._work.result()
+            if held is not None and self._owner_residual is not None:
+                held.keep_lost(self._owner_residual)
             if held is not None and held.withdrawn:
                 self._withdrawn()
         except RuntimeError as error:

@@ -15,6 +15,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
+trap 'echo "stopped; the same command goes on from here" >&2; rm -f "$log"; exit 130' INT
 
 level=${1:-run}
 case $level in run | dev | fuzz) ;; *) fail "unknown level '$level': say run, dev or fuzz" ;; esac

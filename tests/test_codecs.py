@@ -163,16 +163,21 @@ def test_levels_combine_to_the_same_bits(
     values = np.where(np.isfinite(values), values, np.float32(1)).astype(np.float32)
     shifted = [np.roll(values, 7 * k) for k in range(n)]
     weights = [1.0 / (1 + k % 3) for k in range(n)]
-    seen = []
-    for level in ("scalar", *LEVELS):
-        _core.set_simd(level)
-        parts = [encode(codec, x) for x in shifted]
-        out = np.empty(_core.codec_bytes(result, values.size), np.uint8)
-        done = _core.codec_combine(
-            rule, codec, parts, weights, values.size, result, out, parameter=0.2
+    for fed in (False, True):  # with the owner's error feedback
+        seen = []
+        for level in ("scalar", *LEVELS):
+            _core.set_simd(level)
+            parts = [encode(codec, x) for x in shifted]
+            out = np.empty(_core.codec_bytes(result, values.size), np.uint8)
+            lost = np.zeros_like(values)
+            feedback = {"residual": np.roll(values, 3) / 8, "lost": lost} if fed else {}
+            done = _core.codec_combine(
+                rule, codec, parts, weights, values.size, result, out, parameter=0.2, **feedback
+            )
+            seen.append((out, lost) if done else (None, None))
+        assert all(
+            same(one, other) for each in seen for one, other in zip(each, seen[0], strict=True)
         )
-        seen.append(out if done else None)
-    assert all(same(one, seen[0]) for one in seen)
 
 
 # --- A9: the corners

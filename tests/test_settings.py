@@ -65,6 +65,7 @@ def test_the_shipped_configuration_is_valid() -> None:
         ("prompt", "", r"prompt is empty"),
         ("codec.name", "int7", r"codec=int7: did you mean int8"),
         ("codec.residual", "f16", r"codec.residual=f16: one of f32, bf16"),
+        ("codec.owner_feedback", True, r"results in f32 lose nothing"),
         ("codec.stochastic", True, r"stochastic rounding is for .*, not for f32"),
     ],
 )

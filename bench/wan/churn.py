@@ -69,6 +69,7 @@ def run(settings: Settings) -> Report:
         violations=0,  # one would have ended the suite
         rounds=judged["rounds"],
         rounds_per_s=judged["rounds"] / seconds,
+        peers_a_round=judged["return"] / judged["rounds"],
         views=judged["install"],
         lost_percent=100 * segments["lost"] / segments["segments"],
         heal_s=storm.counts["heal_ms"] / 1e3,

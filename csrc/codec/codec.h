@@ -1,7 +1,7 @@
 // Codecs: how a chunk of float32 values becomes bytes and back (docs/codecs.md has the layouts).
 //
 // Every function is pure and gives the same bits on every CPU and GPU. Nothing here knows rounds,
-// peers or error feedback (which belongs to the sender).
+// peers or where a residual is kept.
 #pragma once
 
 #include <cstddef>
@@ -77,8 +77,15 @@ struct Contribution {
 // `result` (encoded with result_codec). Weights count for mean and norm_clip only. Contributions
 // are finite (checked with `valid` on arrival). False when the combined value is not finite, or the
 // rule is not valid.
+// The owner's own error feedback: `before` (what earlier results lost, or null: nothing) is added
+// to the combined value, and `after` (null: nobody wants it) is what this result loses.
+struct OwnerFeedback {
+  const float* before = nullptr;
+  float* after = nullptr;
+};
 bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contribution> from,
-             std::size_t elements, Codec result_codec, std::byte* result);
+             std::size_t elements, Codec result_codec, std::byte* result,
+             OwnerFeedback feedback = {});
 
 // True when the bytes are a valid encoding of finite values only.
 bool valid(Codec codec, const std::byte* bytes, std::size_t elements);

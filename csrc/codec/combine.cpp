@@ -27,19 +27,32 @@ struct Job {
   Codec result_codec;
   std::size_t elements;
   std::byte* result;
+  OwnerFeedback feedback;
 
   Place from(const Contribution& one, std::size_t begin) const {
     return place(codec, const_cast<std::byte*>(one.bytes), elements, begin);
   }
   bool store(const float* values, std::size_t begin, std::size_t count) const {
     const auto index = static_cast<std::size_t>(result_codec);
-    return kernels().encode[index](values, count, place(result_codec, result, elements, begin));
+    const Place to = place(result_codec, result, elements, begin);
+    std::array<float, kSegment> fed;
+    if (feedback.before != nullptr) {
+      for (std::size_t i = 0; i < count; ++i) fed[i] = values[i] + feedback.before[begin + i];
+      values = fed.data();
+    }
+    if (!kernels().encode[index](values, count, to)) return false;
+    if (feedback.after == nullptr) return true;
+    float* const lost = feedback.after + begin;
+    if (!kernels().decode[index](to, count, lost)) return false;
+    for (std::size_t i = 0; i < count; ++i) lost[i] = values[i] - lost[i];
+    return true;
   }
 };
 
 // weights: factors of each contribution; the total is multiplied by `factor` at the end.
 bool combine_linear(const Job& job, From from, std::span<const float> weights, float factor) {
-  if (job.codec == Codec::f32 && job.result_codec == Codec::f32) {
+  const bool fed = job.feedback.before != nullptr || job.feedback.after != nullptr;
+  if (job.codec == Codec::f32 && job.result_codec == Codec::f32 && !fed) {
     std::vector<const float*> values;
     for (const Contribution& one : from) {
       values.push_back(reinterpret_cast<const float*>(one.bytes));
@@ -162,11 +175,11 @@ bool rule_valid(Rule rule, float parameter) {
 }
 
 bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contribution> from,
-             std::size_t elements, Codec result_codec, std::byte* result) {
+             std::size_t elements, Codec result_codec, std::byte* result, OwnerFeedback feedback) {
   if (from.empty() || !rule_valid(rule, rule_parameter)) return false;
   if (elements == 0) return true;
   const ExactFloat exact;
-  const Job job{rule, rule_parameter, codec, result_codec, elements, result};
+  const Job job{rule, rule_parameter, codec, result_codec, elements, result, feedback};
   clear_padding(result_codec, result, elements);
   const std::size_t n = from.size();
   if (rule == Rule::sum) return combine_linear(job, from, std::vector<float>(n, 1.0f), 1.0f);

@@ -17,6 +17,9 @@ namespace decotrain {
 using ReadArray = nanobind::ndarray<nanobind::ro, nanobind::c_contig, nanobind::device::cpu>;
 using WriteArray = nanobind::ndarray<nanobind::c_contig, nanobind::device::cpu>;
 
+using FlatFloats =
+    nanobind::ndarray<const float, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+
 inline constexpr nanobind::dlpack::dtype kBf16{
     static_cast<std::uint8_t>(nanobind::dlpack::dtype_code::Bfloat), 16, 1};
 inline constexpr nanobind::dlpack::dtype kF16{
@@ -45,6 +48,7 @@ struct BeginOptions {
   std::optional<std::string> rule;
   float rule_parameter;
   std::optional<std::uint32_t> chunk_elements;
+  std::optional<FlatFloats> owner_residual;
 };
 BeginArgs args_of(const BeginOptions& options, std::uint64_t elements);
 

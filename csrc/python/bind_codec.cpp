@@ -2,10 +2,12 @@
 // while a kernel runs.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -99,7 +101,8 @@ bool valid(const std::string& name, const Bytes& bytes, std::size_t elements) {
 bool combine(const std::string& rule_text, const std::string& name,
              const std::vector<Bytes>& contributions, const std::vector<float>& weights,
              std::size_t elements, const std::string& result_name, const BytesOut& out,
-             float parameter) {
+             float parameter, const std::optional<Floats>& residual,
+             const std::optional<FloatsOut>& lost) {
   const Codec codec = codec_of(name);
   const Codec result = codec_of(result_name);
   const auto rule = decotrain::rule_named(rule_text);
@@ -111,8 +114,13 @@ bool combine(const std::string& rule_text, const std::string& name,
     from.push_back({raw(contributions[k]), weights[k]});
   }
   check_bytes(result, elements, out.size());
+  if ((residual && residual->size() != elements) || (lost && lost->size() != elements)) {
+    bad("the residual has another length than the values");
+  }
+  const decotrain::OwnerFeedback feedback{residual ? residual->data() : nullptr,
+                                          lost ? lost->data() : nullptr};
   const nb::gil_scoped_release release;
-  return decotrain::combine(*rule, parameter, codec, from, elements, result, raw(out));
+  return decotrain::combine(*rule, parameter, codec, from, elements, result, raw(out), feedback);
 }
 
 bool encode_stochastic(const std::string& name, const Floats& values, std::uint64_t key,
@@ -180,9 +188,11 @@ void bind_codec(nb::module_& m) {
   m.def("codec_valid", &valid, "codec"_a, "data"_a, "elements"_a,
         "True when the bytes are a valid encoding of so many finite values.");
   m.def("codec_combine", &combine, "rule"_a, "codec"_a, "contributions"_a, "weights"_a,
-        "elements"_a, "result_codec"_a, "out"_a, "parameter"_a = 0.0f,
+        "elements"_a, "result_codec"_a, "out"_a, "parameter"_a = 0.0f, "residual"_a = nb::none(),
+        "lost"_a = nb::none(),
         "Combines encoded contributions in the order given into one encoded result; False when\n"
-        "the value is not finite or the rule's parameter is wrong.");
+        "the value is not finite or the rule's parameter is wrong. The owner's feedback: residual\n"
+        "is added to the value, and lost is then what the result lost.");
   m.def("topk_bytes", &topk_bytes, "elements"_a, "k"_a,
         "Bytes of the k largest of every 4096 values.");
   m.def("topk_encode", &topk_encode, "values"_a, "k"_a, "out"_a,

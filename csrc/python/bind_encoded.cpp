@@ -51,11 +51,12 @@ std::shared_ptr<Work> begin_encoded(Node& node, const EncodedArray& encoded, std
                                     const std::string& codec, const std::string& result_codec,
                                     double weight, std::uint64_t state_digest,
                                     const std::optional<std::string>& rule, float rule_parameter,
-                                    std::uint32_t chunk_elements) {
+                                    std::uint32_t chunk_elements,
+                                    const std::optional<FlatFloats>& owner_residual) {
   release_dropped();
-  BeginArgs args = args_of(
-      {tag, op, codec, result_codec, weight, state_digest, rule, rule_parameter, chunk_elements},
-      elements);
+  BeginArgs args = args_of({tag, op, codec, result_codec, weight, state_digest, rule,
+                            rule_parameter, chunk_elements, owner_residual},
+                           elements);
   if (weight > 0.0) {
     if (encoded.size() != round_bytes(args.spec, args.spec.contribution)) {
       throw nb::value_error("the encoded bytes have a wrong length");
@@ -97,6 +98,16 @@ BeginArgs args_of(const BeginOptions& options, std::uint64_t elements) {
   args.spec = spec_of(options, elements);
   args.weight = options.weight;
   args.state_digest = options.state_digest;
+  if (options.owner_residual) {
+    const FlatFloats& kept = *options.owner_residual;
+    if (kept.size() != elements) {
+      throw nb::value_error("the owner's residual has another number of elements than the buffers");
+    }
+    if (!valid(Codec::f32, reinterpret_cast<const std::byte*>(kept.data()), elements)) {
+      throw nb::value_error("the owner's residual is not finite");
+    }
+    args.owner_residual = {kept.data(), keep_arrays(std::vector<FlatFloats>{kept})};
+  }
   return args;
 }
 
@@ -106,7 +117,7 @@ void bind_encoded(nb::module_& m, nb::class_<Node>& node, nb::class_<Held>& held
   using Guard = nb::call_guard<nb::gil_scoped_release>;
   node.def("begin_encoded", &begin_encoded, "encoded"_a, "elements"_a, nb::kw_only(), "tag"_a,
            "op"_a, "codec"_a, "result_codec"_a, "weight"_a, "state_digest"_a, "rule"_a.none(),
-           "rule_parameter"_a, "chunk_elements"_a,
+           "rule_parameter"_a, "chunk_elements"_a, "owner_residual"_a = nb::none(),
            "Begins a round with encoded chunks that need not be there yet: chunks_ready follows.")
       .def("chunks_ready", &Node::chunks_ready, "work"_a, "chunks"_a, Guard(),
            "So many chunks of a round of begin_encoded, from the first on, are there.")

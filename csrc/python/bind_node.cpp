@@ -10,7 +10,9 @@
 #include <nanobind/stl/vector.h>
 #include <nanobind/typing.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -32,6 +34,7 @@ namespace {
 
 using Map = nb::typed<nb::dict, nb::str, nb::any>;
 using Items = nb::typed<nb::list, nb::any>;  // of buffers
+using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // The caller's arrays, and what keeps them alive while the core reads them.
 template <typename Array>
@@ -88,7 +91,8 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
                             bool borrow, const std::optional<Items>& residual,
                             std::uint64_t state_digest, const std::optional<std::string>& rule,
                             float rule_parameter, std::optional<std::uint32_t> chunk_elements,
-                            std::optional<std::uint64_t> chance) {
+                            std::optional<std::uint64_t> chance,
+                            const std::optional<FlatFloats>& owner_residual) {
   release_dropped();
   Buffers<ReadArray> from = buffers_of<ReadArray>(items);
   Buffers<WriteArray> feedback;
@@ -97,7 +101,7 @@ std::shared_ptr<Work> begin(Node& node, const Items& items, std::uint32_t tag,
     throw nb::value_error("the residual has another number of elements than the buffers");
   }
   BeginArgs args = args_of({tag, op, codec, result_codec.value_or(codec), weight, state_digest,
-                            rule, rule_parameter, chunk_elements},
+                            rule, rule_parameter, chunk_elements, owner_residual},
                            total_elements(from.segments));
   if (chance && (residual || !has_stochastic(args.spec.contribution))) {
     throw nb::value_error("stochastic rounding is for int8, e2m1 and e3m0 without a residual");
@@ -208,6 +212,18 @@ void decode_into(const RoundResult& result, const Items& items) {
   const Buffers<WriteArray> to = buffers_of<WriteArray>(items);
   const nb::gil_scoped_release released;
   decode_segments(result, to.segments);
+}
+
+// Into an owner's residual: what the values that we made have lost, where they stand.
+void keep_lost_of(const RoundResult& result, const FloatsOut& residual) {
+  if (residual.size() != result.spec.elements) {
+    throw nb::value_error("the owner's residual has another number of elements than the result");
+  }
+  for (const Lost& one : result.lost) {
+    const std::size_t count = chunk_elements(result.spec, one.chunk);
+    std::copy_n(one.values.get(), count,
+                residual.data() + std::size_t{one.chunk} * result.spec.chunk_elements);
+  }
 }
 
 // The result's floats where they lie; None when they are not one span of f32.
@@ -356,6 +372,11 @@ nb::class_<Held> bind_results(nb::module_& m) {
           [](const Held& h, const Items& buffers) { decode_into(*h.result, buffers); }, "buffers"_a,
           "Writes the result to a list of arrays; zeros where nobody contributed.")
       .def(
+          "keep_lost",
+          [](const Held& h, const FloatsOut& residual) { keep_lost_of(*h.result, residual); },
+          "owner_residual"_a,
+          "Of a round begun with this residual: replaces its parts by what our values lost.")
+      .def(
           "view_f32", [](const Held& h) { return view_f32(h.result); },
           "A read-only view of an f32 result in one piece, or None.");
   nb::class_<Work>(m, "Work", "A round that was begun.")
@@ -406,6 +427,7 @@ void bind_node(nb::module_& m) {
            "codec"_a = "f32", "result_codec"_a = nb::none(), "weight"_a = 1.0, "borrow"_a = false,
            "residual"_a = nb::none(), "state_digest"_a = 0, "rule"_a = nb::none(),
            "rule_parameter"_a = 0.0f, "chunk_elements"_a = nb::none(), "chance"_a = nb::none(),
+           "owner_residual"_a = nb::none(),
            "Begins the tag's next round with the buffers as one flat space; returns at once.")
       .def("collect", &collect, "data"_a.none(), nb::kw_only(), "tag"_a = 0,
            "max_bytes"_a = 1 << 16, "state_digest"_a = 0, "ahead"_a = 0)

@@ -1,4 +1,4 @@
-"""How pseudo-gradients travel: which codec each way, and whether the sender keeps what was lost.
+"""How pseudo-gradients travel: which codec each way, and who keeps what was lost.
 
 The codecs themselves are in the core, error feedback too (`e <- x + e - decode(encode(x + e))`,
 fused with encoding). A residual is private: it never travels, and a view change does not touch it.
@@ -34,6 +34,7 @@ class Contribution:
     out: Tensor  # where a mean may be put; may be `values`
     residual: Tensor | None = None  # of error feedback
     state_digest: int = 0  # of the state that the values were computed from
+    owner_residual: Tensor | None = None  # of the results that we own
 
 
 class Codec(Protocol):
@@ -42,6 +43,10 @@ class Codec(Protocol):
     def new_residual(self, like: Tensor) -> Tensor | None:
         """What the codec has lost so far of values like these, to be added to the next: zeros. None
         without error feedback."""
+        ...
+
+    def new_owner_residual(self, like: Tensor) -> Tensor | None:
+        """What results that this peer owned have lost so far: zeros. None: it keeps none of it."""
         ...
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
@@ -63,10 +68,13 @@ class CodecChoice:
     decay: float = 1.0  # of the residual, before each round
     residual: str = "f32"  # or "bf16": half the memory, and one part in 256 of it lost each round
     stochastic: bool = False  # contributions are rounded by chance, so that means are kept
+    owner_feedback: bool = False  # what results lose comes with later ones
 
     def __post_init__(self) -> None:
         if self.stochastic:
             codecs.check_stochastic(self.contribution, self.error_feedback)
+        if self.owner_feedback:
+            codecs.check_owner_feedback(self.result)
         if self.residual not in RESIDUALS:
             raise ConfigError(f"residual={self.residual}: it is kept in {' or '.join(RESIDUALS)}")
 
@@ -77,10 +85,11 @@ class CodecChoice:
         decay: float = 1.0,
         residual: str = "f32",
         stochastic: bool = False,
+        owner_feedback: bool = False,
     ) -> CodecChoice:
         """From "int8" (both ways) or "e2m1+int8" (contributions + results)."""
-        contribution, result = codecs.pair(name)
-        return CodecChoice(contribution, result, error_feedback, decay, residual, stochastic)
+        both = codecs.pair(name)
+        return CodecChoice(*both, error_feedback, decay, residual, stochastic, owner_feedback)
 
     def new_residual(self, like: Tensor) -> Tensor | None:
         if not self.error_feedback:
@@ -88,6 +97,9 @@ class CodecChoice:
         # Beside the values where those are encoded, else in memory of the host.
         device = like.device if tensors.device_of([like]) is not None else "cpu"
         return torch.zeros(like.numel(), dtype=RESIDUALS[self.residual], device=device)
+
+    def new_owner_residual(self, like: Tensor) -> Tensor | None:
+        return torch.zeros(like.numel()) if self.owner_feedback else None
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         before = given.residual
@@ -110,6 +122,7 @@ class CodecChoice:
             weight=given.weight,
             out=given.out,
             residual=given.residual,
+            owner_residual=given.owner_residual,
             stochastic=self.stochastic,
             state_digest=given.state_digest,
         )
@@ -135,6 +148,9 @@ class TopK:
 
     def new_residual(self, like: Tensor) -> Tensor:
         return torch.zeros(like.numel())
+
+    def new_owner_residual(self, like: Tensor) -> None:
+        return None  # nobody owns what is collected
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         residual = given.residual

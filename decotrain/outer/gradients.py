@@ -93,6 +93,8 @@ class GradientAveraging:
         self._slots: tuple[int, ...] = ()  # of the first bucket's contributors in this step
         kept = {b.tag: codec.new_residual(b.values) for b in self.buckets}
         self.residuals = {tag: one for tag, one in kept.items() if one is not None}
+        owed = {b.tag: codec.new_owner_residual(b.values) for b in self.buckets}
+        self.owner_residuals = {tag: one for tag, one in owed.items() if one is not None}
         self.global_step = 0
         self.sync_s = 0.0
         self.last_contributors: tuple[int, ...] = ()
@@ -176,7 +178,8 @@ class GradientAveraging:
         residual = self.residuals.get(bucket.tag)
         with torch.no_grad():
             values = bucket.gather()
-            given = Contribution(values, self.tokens, values, residual)
+            owed = self.owner_residuals.get(bucket.tag)
+            given = Contribution(values, self.tokens, values, residual, owner_residual=owed)
             bucket.work = self.codec.begin(self.comm, bucket.tag, given)
 
     def average(self) -> None:
@@ -292,11 +295,16 @@ class GradientAveraging:
         shared = {f"{b.tag}.{key}": t.clone() for b in self.buckets for key, t in b.state.items()}
         return {
             "shared": shared,
-            "private": {f"{tag}.residual": tensor for tag, tensor in self.residuals.items()},
+            "private": self._private(),
             "facts": {
                 "versions": [self.comm.version(b.tag) for b in self.buckets],
                 "tokens": self.tokens,
             },
+        }
+
+    def _private(self) -> dict[str, Tensor]:
+        return {f"{tag}.residual": tensor for tag, tensor in self.residuals.items()} | {
+            f"{tag}.owner_residual": tensor for tag, tensor in self.owner_residuals.items()
         }
 
     @torch.no_grad()
@@ -305,8 +313,7 @@ class GradientAveraging:
         for bucket in self.buckets:
             saved.put(state["shared"], {f"{bucket.tag}.{k}": t for k, t in bucket.state.items()})
         if "private" in state:
-            places = {f"{tag}.residual": tensor for tag, tensor in self.residuals.items()}
-            saved.put(state["private"], places)
+            saved.put(state["private"], self._private())
             self.tokens = float(state["facts"]["tokens"])
         return versions
 

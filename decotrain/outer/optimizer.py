@@ -87,6 +87,8 @@ class OuterOptimizer:
         self.fragments[0].allotment = self.allotment  # its rounds say who contributed
         kept = {f.tag: self.codec.new_residual(f.theta) for f in self.fragments}
         self.residuals = {tag: one for tag, one in kept.items() if one is not None}
+        owed = {f.tag: self.codec.new_owner_residual(f.theta) for f in self.fragments}
+        self.owner_residuals = {tag: one for tag, one in owed.items() if one is not None}
         self.global_step = 0
         self.sync_s = 0.0  # wall time of this trainer inside rounds
         self.last_contributors: tuple[int, ...] = ()
@@ -223,7 +225,7 @@ class OuterOptimizer:
         digest = int.from_bytes(fragment.digest[:8], "little")
         tokens, fragment.tokens = fragment.tokens, 0.0
         before = residual.clone() if residual is not None else None
-        given = Contribution(delta, tokens, out, residual, digest)
+        given = Contribution(delta, tokens, out, residual, digest, self.owner_residuals.get(tag))
         ready = torch.cuda.Event() if delta.is_cuda else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record()

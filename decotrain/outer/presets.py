@@ -30,8 +30,8 @@ Choices = dict[str, Any]  # the four, as OuterOptimizer takes them; ddp: as Grad
 
 def coded(preset: Callable[..., Choices]) -> Callable[..., Choices]:
     """Adds the options of every preset that has no codec of its own: `codec` (one word, or
-    contributions+results), `error_feedback`, the type of its `residual` (f32 or bf16), and
-    `stochastic` rounding instead of it."""
+    contributions+results), `error_feedback`, the type of its `residual` (f32 or bf16),
+    `stochastic` rounding instead of it, and `owner_feedback` for what results lose."""
 
     @functools.wraps(preset)
     def whole(
@@ -40,12 +40,19 @@ def coded(preset: Callable[..., Choices]) -> Callable[..., Choices]:
         error_feedback: bool = False,
         residual: str = "f32",
         stochastic: bool = False,
+        owner_feedback: bool = False,
         **options: Any,
     ) -> Choices:
-        chosen = CodecChoice.named(codec, error_feedback, residual=residual, stochastic=stochastic)
+        chosen = CodecChoice.named(
+            codec,
+            error_feedback,
+            residual=residual,
+            stochastic=stochastic,
+            owner_feedback=owner_feedback,
+        )
         return {**preset(**options), "codec": chosen}
 
-    added = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:4]
+    added = [o for o in inspect.signature(whole, follow_wrapped=False).parameters.values()][:5]
     own = inspect.signature(preset)
     options = [*own.parameters.values(), *added]
     whole.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
@@ -154,11 +161,14 @@ def muloco(
     decay: float = 0.9,  # of what the codec lost
     residual: str = "f32",  # or bf16: what is kept of it
     stochastic: bool = False,  # rounding, without error feedback
+    owner_feedback: bool = False,  # of what results lose
 ) -> Choices:
     """DiLoCo for Muon inside: few bits, and error feedback that fades (arXiv 2505.23725)."""
     return {
         "schedule": EveryH(sync_every),
-        "codec": CodecChoice.named(codec, error_feedback, decay, residual, stochastic),
+        "codec": CodecChoice.named(
+            codec, error_feedback, decay, residual, stochastic, owner_feedback
+        ),
         "update": Nesterov(lr, momentum),
     }
 

@@ -64,6 +64,8 @@ def _own(outer: OuterOptimizer, fragment: Fragment) -> dict[str, Tensor]:
     places = {"base": fragment.base}
     if fragment.tag in outer.residuals:
         places["residual"] = outer.residuals[fragment.tag]
+    if fragment.tag in outer.owner_residuals:
+        places["owner_residual"] = outer.owner_residuals[fragment.tag]
     return places | {
         f"merge.{key}": tensor for key, tensor in outer.merge.private(fragment).items()
     }

@@ -59,6 +59,7 @@ class CodecSettings:
     error_feedback: bool
     residual: str  # f32 or bf16
     stochastic: bool
+    owner_feedback: bool
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,11 @@ def _check_together(settings: Settings) -> None:
             " the last steps would never be shared"
         )
     codec = settings.codec
-    contribution, _ = codecs.pair(codec.name)
+    contribution, result = codecs.pair(codec.name)
     if codec.stochastic:
         codecs.check_stochastic(contribution, codec.error_feedback)
+    if codec.owner_feedback:
+        codecs.check_owner_feedback(result)
     if not settings.prompt:
         raise ConfigError("prompt is empty; the generated sample starts from at least one byte")
 

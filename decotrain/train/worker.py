@@ -189,6 +189,7 @@ def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Out
         options["error_feedback"] = settings.codec.error_feedback
         options["residual"] = settings.codec.residual
         options["stochastic"] = settings.codec.stochastic
+        options["owner_feedback"] = settings.codec.owner_feedback
     state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
     options["epoch_portions"] = trainer.epoch_portions
     return make(preset, trainer.model, trainer.inner, comm, state=state, **options)
