@@ -242,6 +242,10 @@ class Fleet:
             if n not in self.housed or not self.housed[n].process.is_alive()
         )
 
+    def has_room(self) -> bool:
+        """Is there a site for one more peer?"""
+        return self.lab is None or self.free_site() < len(self.lab.names)
+
     def kill_coordinator(self) -> None:
         self.coordinator.kill()
         self.coordinator.wait()

@@ -71,6 +71,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {  # preset, options, inn
     "diloco, 30 % dropped": ("diloco", FEW, "adamw"),
     "streaming": ("streaming", FEW | {"layers": 1}, "adamw"),
     "streaming e2m1+int8": ("streaming", THIN | {"codec": "e2m1+int8"}, "adamw"),
+    "streaming e2m1, owners": (
+        "streaming",
+        THIN | {"codec": "e2m1", "owner_feedback": True},
+        "adamw",
+    ),
     "streaming e3m0": ("streaming", THIN | {"codec": "e3m0"}, "adamw"),
     "eager": ("eager", FEW | {"lr": 0.4}, "adamw"),
     "naive delay": ("naive delay", FEW | {"lr": 0.4}, "adamw"),

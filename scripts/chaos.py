@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 HEAL_S = 90.0  # within which everybody that lives must have made progress
 ROUNDS_AFTER = 3
+ROOM_AGAIN_S = 0.5
 STEADY = 2  # so many peers are neither stopped nor dead at any time
 FAULTS = {"kill": 4, "stop": 3, "cut": 3, "leave": 2, "join": 2, "coordinator": 2, "kill_two": 1}
 
@@ -61,6 +62,9 @@ class Storm:
         self.coordinator_up = True
 
     def join(self) -> None:
+        if not self.fleet.has_room():  # who was told to leave is slow to: a busy machine
+            self.after(ROOM_AGAIN_S, self.join)
+            return
         peer = self.fleet.launch()
         peer.ask(live, str(self.folder), self.elements, 0.0)
 

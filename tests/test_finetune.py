@@ -77,7 +77,7 @@ def test_a_killed_peer_ctrl_c_and_the_same_parameters_from_the_log(
     held = [digests(folder, f"peer-{number}") for number in (1, 2, 3)]
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(WAIT_S) == 130, run.text
-    command = re.search(r"to go on: decotrain (.*)", run.text)
+    command = re.search(r"to go on: \S*decotrain (.*)", run.text)
     assert command, run.text
     assert command[1].startswith("finetune name=poems resume=auto base=runs/first")
     assert not processes_of(folder), "a process was left behind"

@@ -96,7 +96,7 @@ def test_a_killed_peer_comes_back_and_everybody_holds_the_same(
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(WAIT_S) == 130
     check_samples(folder, ["peer-1", "peer-2", "peer-3"])
-    command = re.search(r"to go on: decotrain train (.*)", run.text)
+    command = re.search(r"to go on: \S*decotrain train (.*)", run.text)
     assert command, run.text
     assert "name=first resume=auto" in command[1]
     assert not processes_of(folder), "a process was left behind"

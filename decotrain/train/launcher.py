@@ -9,10 +9,12 @@ decotrain/train/job.py, decotrain/finetune/job.py.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -288,8 +290,17 @@ class Launcher:
 
     def _resume_command(self) -> str:
         kept = [o for o in self.overrides if not o.startswith(("name=", "resume="))]
-        words = ["decotrain", self.job.command, f"name={self.job.name}", "resume=auto", *kept]
+        words = [_program(), self.job.command, f"name={self.job.name}", "resume=auto", *kept]
         return " ".join(shlex.quote(word) for word in words)
+
+
+def _program() -> str:
+    """`decotrain` as this shell finds it again: the demo calls it where it lies, on no path."""
+    called = Path(sys.argv[0])
+    if called.name != "decotrain" or shutil.which("decotrain"):
+        return "decotrain"
+    near = os.path.relpath(called)
+    return str(called) if near.startswith("..") else near
 
 
 def _interrupt(*_: object) -> None:
