@@ -54,7 +54,7 @@ def orthogonalised(
     """The matrix with singular values near 1, by Newton and Schulz's iteration (Jordan 2024)."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / matrix.norm().clamp(min=eps)
+    x: Tensor = (matrix.T if tall else matrix) / matrix.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
