@@ -99,6 +99,9 @@ def _speed(report: Report, settings: Settings, codec: str, values: np.ndarray[An
     amounts = dict.fromkeys(calls, values.nbytes)
     for n in COMBINED:
         calls[f"combine {n}"], amounts[f"combine {n}"] = _combine(codec, parts, n)
+    if codec != "f32":
+        fed = f"combine {COMBINED[1]}, owner feedback"
+        calls[fed], amounts[fed] = _combine(codec, parts, COMBINED[1], feedback=True)
     _measure(report, settings, codec, values, calls, amounts)
 
 
@@ -139,7 +142,7 @@ def _measure(
 
 
 def _combine(
-    codec: str, parts: list[np.ndarray[Any, Any]], n: int
+    codec: str, parts: list[np.ndarray[Any, Any]], n: int, feedback: bool = False
 ) -> tuple[Callable[[], None], int]:
     """n contributions to each of some chunks, all in memory of their own; weights differ."""
     rounds = max(1, min(len(parts), 2 * len(parts) // n))
@@ -151,11 +154,14 @@ def _combine(
             assert _core.codec_encode(codec, part, encoded[index // n, index % n])
     weights = [1.0 - 0.5 * (k % 2) for k in range(n)]
     result = np.empty(size, np.uint8)
+    residuals = np.zeros((rounds if feedback else 0, parts[0].size), np.float32)
+    lost = np.empty(parts[0].size, np.float32)
 
     def combine() -> None:
-        for contributions in encoded:
+        for index, contributions in enumerate(encoded):
+            fed = {"residual": residuals[index], "lost": lost} if feedback else {}
             assert _core.codec_combine(
-                "mean", codec, list(contributions), weights, parts[0].size, codec, result
+                "mean", codec, list(contributions), weights, parts[0].size, codec, result, **fed
             )
 
     return combine, rounds * n * parts[0].nbytes

@@ -36,7 +36,7 @@ void begin_fed(Group& group, std::size_t i, const std::vector<float>& values,
 void keep(const RoundResult& result, std::vector<float>& residual) {
   for (const Lost& one : result.lost) {
     for (std::size_t i = 0; i < chunk_elements(result.spec, one.chunk); ++i) {
-      residual[one.chunk * kChunk + i] = one.values[i];
+      residual[std::size_t{one.chunk} * kChunk + i] = one.values[i];
     }
   }
 }
