@@ -13,8 +13,9 @@ other's turn on the processor are in it, so it is in the JSON and in no table.
 left out with probability 0.3) are there to compare with.
 
 Options (`--set`): peers=4, steps=1200, every=24, seeds=3, width=160, layers=4, context=64, batch=4,
-lr=3e-3, variants=a;b (names from the table, with options behind them, and `seeds=N` last for fewer
-seeds than the others; default: all), data=PATH (default: Python's sources), keep=FOLDER (each
+lr=3e-3, variants=a;b (names from the table, with options behind them; last may come `seeds=N` for
+fewer seeds than the others and `steps=N` for another length, compared with `ddp` and `diloco` of
+that length; default: all), data=PATH (default: Python's sources), keep=FOLDER (each
 case's figures are kept there and not measured again: a long run can be stopped and can be made in
 pieces, `variants` and `--seed` at a time, before the one that draws the tables).
 """
@@ -28,6 +29,7 @@ import re
 import threading
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +158,13 @@ class Counting:
 class Case:
     """One variant with one seed."""
 
-    def __init__(self, settings: Settings, name: str, seed: int) -> None:
-        self.name, self.seed = name, seed
+    def __init__(self, settings: Settings, name: str, seed: int, steps: int) -> None:
+        self.name, self.seed, self.steps = name, seed, steps
         small = settings.quick
         number = lambda key, default, quick: int(  # noqa: E731
             settings.option(key, str(quick if small else default))
         )
-        self.peers, self.steps = number("peers", 4, 2), number("steps", 1200, 16)
+        self.peers = number("peers", 4, 2)
         self.every, self.batch = number("every", 24, 8), number("batch", 4, 1)
         width, layers = number("width", 160, 16), number("layers", 4, 2)
         context = number("context", 64, 16)
@@ -273,10 +275,25 @@ class Case:
 MAKING = threading.Lock()  # torch's generator is one for the process
 
 
-def _turns(name: str, seeds: int) -> tuple[str, int]:
-    """The variant's name and how many seeds it gets: "eager seeds=1"."""
-    base, _, own = name.partition(" seeds=")
-    return base, min(int(own), seeds) if own else seeds
+@dataclass
+class Turn:
+    """One line of the table: a variant, how many seeds it gets and how many steps."""
+
+    name: str
+    seeds: int
+    steps: int
+
+    @staticmethod
+    def of(text: str, seeds: int, steps: int) -> Turn:
+        """From "eager seeds=1 steps=2100"."""
+        turn = Turn(text, seeds, steps)
+        while match := re.fullmatch(r"(.+) (seeds|steps)=(\d+)", turn.name):
+            turn.name, number = match[1], int(match[3])
+            if match[2] == "seeds":
+                turn.seeds = min(number, seeds)
+            else:
+                turn.steps = number
+        return turn
 
 
 def run(settings: Settings) -> Report:
@@ -285,35 +302,37 @@ def run(settings: Settings) -> Report:
     chosen = settings.option("variants", ";".join(quick)).split(";")
     seeds = int(settings.option("seeds", "1" if settings.quick else "3"))
     folder = Path(kept) if (kept := settings.option("keep", "")) else None
+    steps = int(settings.option("steps", "16" if settings.quick else "1200"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found: dict[str, dict[str, list[float]]] = {}
-    turns = [_turns(name, seeds) for name in chosen]
+    turns = [Turn.of(text, seeds, steps) for text in chosen]
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
     try:
         for seed in range(settings.seed, settings.seed + seeds):  # variants in turns
-            for name in [name for name, own in turns if seed < settings.seed + own]:
+            for turn in [turn for turn in turns if seed < settings.seed + turn.seeds]:
                 started_s = time.perf_counter()
-                case = Case(settings, name, seed)
+                case = Case(settings, turn.name, seed, turn.steps)
                 figures = case.kept(folder)
                 for base in BASES:
-                    known = found.get(base, {}).get("held_out_nats", [])
-                    if name == base or len(known) > seed - settings.seed:
-                        least = figures["held_out_nats"] if name == base else known[-1]
+                    known = found.get((base, turn.steps), {}).get("held_out_nats", [])
+                    if turn.name == base or len(known) > seed - settings.seed:
+                        least = figures["held_out_nats"] if turn.name == base else known[-1]
                         over = 100 * (figures["held_out_nats"] / least - 1)
                         figures[f"over_{base}_percent"] = over
                 for key, value in figures.items():
-                    found.setdefault(name, {}).setdefault(key, []).append(value)
-                log(f"{name}, seed {seed}: {figures}, {time.perf_counter() - started_s:.0f} s")
+                    lists = found.setdefault((turn.name, turn.steps), {})
+                    lists.setdefault(key, []).append(value)
+                log(f"{turn}, seed {seed}: {figures}, {time.perf_counter() - started_s:.0f} s")
     finally:
         torch.set_num_threads(threads)
-    for name, metrics in found.items():
-        report.add({"variant": name, "seeds": len(metrics["held_out_nats"])}, **metrics)
+    for (name, length), metrics in found.items():
+        row = {"variant": name, "rounds": length // case.every}
+        report.add(row | {"seeds": len(metrics["held_out_nats"])}, **metrics)
     parameters = sum(p.numel() for p in case._model().parameters())
     report.note(
-        f"{case.peers} peers, {parameters:,} parameters, {case.steps} steps of"
-        f" {case.batch} x {case.config.context} bytes each, a round every {case.every}"
-        f" ({case.steps // case.every} rounds), inner rate {case.variant.lr:g}, seeds from"
-        f" {settings.seed}."
+        f"{case.peers} peers, {parameters:,} parameters, steps of"
+        f" {case.batch} x {case.config.context} bytes each, a round every {case.every}, inner rate"
+        f" {case.variant.lr:g}, seeds from {settings.seed}."
     )
     report.note(
         "peak_step_kilobytes is the most that one peer moves each way in any one inner step: in any"
@@ -324,5 +343,7 @@ def run(settings: Settings) -> Report:
     over = [f"over_{base}_percent" for base in BASES]
     columns = ["held_out_nats", *over, "sent_megabytes", "peak_step_kilobytes"]
     report.table("all", columns)
-    report.plot("loss", "variant", "held_out_nats", title="Held-out loss of the outer parameters")
+    rounds = turns[0].steps // case.every
+    report.plot("loss", "variant", "held_out_nats", where={"rounds": rounds},
+                title=f"Held-out loss of the outer parameters after {rounds} rounds")  # fmt: skip
     return report
