@@ -170,6 +170,7 @@ void Impl::end(Round& round, Outcome outcome) {
     RoundResult& result = tag.results[round.seq];
     result = round.result(outcome, view.id, roles.self);
     result.begun = round.begun || waited;
+    for (Chunk& chunk : round.chunks) chunk.lost.reset();  // the result has it, a closed round not
     if (outcome == Outcome::stable) event(EventKind::stable, round, 0, "");
   }
   to_settle.emplace_back(round.tag, round.seq);
