@@ -90,6 +90,15 @@ def train(
     return out
 
 
+def take_steps(model: nn.Module, inner: Any, outer: Any, steps: int) -> None:
+    """Peer 1's first steps."""
+    for step in range(steps):
+        loss_of(model, batch(1, step)).backward()
+        inner.step()
+        inner.zero_grad()
+        outer.step(1.0)
+
+
 def train_all(n: int, steps: int, make: Any, **options: Any) -> dict[int, Trained]:
     run = FakeRun(n)
     for peer in range(1, n + 1):

@@ -20,7 +20,7 @@ from decotrain.errors import ConfigError, Error, NotFiniteError, RoundError
 from decotrain.outer import make
 from decotrain.outer.codec import Codec, CodecChoice, Contribution, TopK
 from tests.outer_naive import deep
-from tests.outer_runs import batch, loss_of
+from tests.outer_runs import take_steps
 from tests.test_communicator import WAIT_S, together
 
 
@@ -130,11 +130,7 @@ def test_a_residual_is_saved_in_its_own_type(kept: str, tmp_path: Path) -> None:
 
     with join("local") as comm:
         model, inner, outer = begin(comm)
-        for step in range(6):
-            loss_of(model, batch(1, step)).backward()
-            inner.step()
-            inner.zero_grad()
-            outer.step(1.0)
+        take_steps(model, inner, outer, 6)
         state = outer.state_dict()
         residual = outer.residuals[0]
         assert residual.any()

@@ -17,7 +17,7 @@ from decotrain.errors import ConfigError, NotFiniteError, RoundError
 from decotrain.outer import make
 from decotrain.outer.codec import CodecChoice
 from tests.outer_naive import deep
-from tests.outer_runs import batch, loss_of
+from tests.outer_runs import take_steps
 from tests.test_communicator import WAIT_S, together
 
 SIZE = 70_000  # more chunks than one
@@ -43,17 +43,13 @@ class Sums:
         self.feedback = feedback
         self.meant, self.got, self.kept = (np.zeros(SIZE) for _ in range(3))
 
-    def round(self, comm: Communicator, seed: int, residual: np.ndarray[Any, Any] | None) -> Any:
-        given = values(seed)
-        work = comm.all_reduce(given, codec="f32+e3m0", owner_residual=residual)
-        result = work.wait(WAIT_S)
-        return given, result
-
     def peer(self, comm: Communicator, rounds: int, first: bool, lock: threading.Lock) -> None:
         residual = np.zeros(SIZE, np.float32) if self.feedback else None
         for number in range(rounds):
-            meant = values(1000 * number + first).astype(np.float64)
-            _, result = self.round(comm, 1000 * number + first, residual)
+            given = values(1000 * number + first)
+            meant = given.astype(np.float64)
+            work = comm.all_reduce(given, codec="f32+e3m0", owner_residual=residual)
+            result = work.wait(WAIT_S)
             assert comm.peer in result.contributors
             with lock:
                 self.meant += meant / len(result.contributors)
@@ -157,11 +153,7 @@ def test_a_resumed_peer_has_its_residual(preset: str) -> None:
 
     with join("local") as comm:
         model, inner, outer = begin(comm)
-        for step in range(6):
-            loss_of(model, batch(1, step)).backward()
-            inner.step()
-            inner.zero_grad()
-            outer.step(1.0)
+        take_steps(model, inner, outer, 6)
         state = outer.state_dict()
         kept = {tag: one.clone() for tag, one in outer.owner_residuals.items()}
         assert all(one.any() for one in kept.values())
