@@ -51,10 +51,12 @@ def worker(
     peers: int,
     pipe: Connection,
     site: tuple[str, str] | None,
+    environment: dict[str, str],
     options: dict[str, Any],
 ) -> None:
     """Calls what the parent sends, (function, arguments), and sends back what it returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, and we end with it
+    os.environ.update(environment)
     if site is not None:
         enter(*site)
     from decotrain.communicator import join
@@ -133,9 +135,12 @@ class Peer:
         self.pipe, there = context.Pipe()
         self.process = context.Process(
             target=worker,
-            args=(fleet.address, name, fleet.peers, there, fleet.next_site(), fleet.options),
+            args=(
+                fleet.address, name, fleet.peers, there, fleet.next_site(), fleet.environment,
+                fleet.options,
+            ),
             daemon=True,
-        )
+        )  # fmt: skip
         self.process.start()
         there.close()
         self.id = 0
@@ -194,13 +199,14 @@ class Fleet:
         record: Path | None = None,  # folder of its durable record
         lab: Lab | None = None,  # the coordinator at site 0, peers at 1, 2, ...
         log: Path | None = None,  # what the coordinator says
+        environment: dict[str, str] | None = None,  # of peers: ours stays with the first fleet
         **options: Any,  # of every peer's join()
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
         self.peers, self.reports, self.record, self.run = peers, reports, record, "default"
-        self.log, self.options = log, options
+        self.log, self.environment, self.options = log, environment or {}, options
         self.closing = False
         self.count = 0
         self.lab = lab

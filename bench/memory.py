@@ -22,12 +22,9 @@ torch), seconds=330.
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +36,7 @@ from bench.fleet import HANG_S, Fleet, Peer, ask_all, sleep_until
 MIB = 1 << 20
 LEAD_S = 0.02
 LATE = 2.0  # median rounds after which the late peer begins
+LET_GO_S = 1.0  # what is in use this long after a round stays
 TINY = 16
 TINY_TAG = 1  # of the round that makes links and loads what is loaded at the first one
 VARIANTS_MIB = 64  # all variants are measured from here to below LARGE_MIB
@@ -78,12 +76,16 @@ def resident_kib(name: str) -> int:
     raise RuntimeError(f"no {name} in /proc/self/status")
 
 
-def prepare(state: SimpleNamespace, elements: int) -> None:
-    """The tensor, and everything that only the first round of a process needs."""
+def prepare(state: SimpleNamespace, elements: int) -> bool:
+    """The tensor, and everything that only the first round of a process needs.
+
+    Returns whether our links pass payloads through shared memory.
+    """
     import numpy as np
 
     state.buffer = np.full(elements, 1.0, np.float32)
     state.comm.all_reduce(np.ones(TINY, np.float32), tag=TINY_TAG).wait(HANG_S)
+    return any(link["shared"] for link in state.comm._agent.shared.node.links())
 
 
 def prepare_gloo(state: SimpleNamespace, elements: int, store: str, rank: int, peers: int) -> None:
@@ -131,14 +133,22 @@ def reduce_gloo(state: SimpleNamespace, start_s: float) -> dict[str, Any]:
 
 
 def most(state: SimpleNamespace) -> dict[str, int]:
-    """The most there was above the mark, and what is held for the next round."""
+    """The most there was above the mark, what stays in use, and what is held for the next round.
+
+    After `wait()` results may be in use while others are still sent theirs, or until the links of
+    a peer that died are closed.
+    """
     from decotrain import _core
 
     pool = _core.pool_figures()
+    end_s = time.monotonic() + LET_GO_S
+    while _core.pool_figures()["in_use_bytes"] > state.held_bytes and time.monotonic() < end_s:
+        time.sleep(0.01)
+    left_bytes = _core.pool_figures()["in_use_bytes"] - state.held_bytes
     return {
         "resident": 1024 * (resident_kib("VmHWM") - state.before_kib),
         "buffers": pool["peak_bytes"] - state.held_bytes,
-        "left": pool["in_use_bytes"] - state.held_bytes,
+        "left": left_bytes,
         "kept": pool["free_bytes"],
     }
 
@@ -180,22 +190,11 @@ def killed(team: list[Peer], variant: Variant, median_s: float) -> list[Peer]:
     return team[:-1]
 
 
-@contextmanager
-def memory_shared(shared: bool) -> Iterator[None]:
-    """Processes that are started meanwhile share memory with others of this host, or do not."""
-    before = os.environ.get(SHARED)
-    os.environ[SHARED] = "1" if shared else "0"
-    try:
-        yield
-    finally:
-        del os.environ[SHARED]
-        os.environ.update({} if before is None else {SHARED: before})
-
-
 def case(peers: int, elements: int, variant: Variant | None, rounds: int) -> list[dict[str, int]]:
     """What each peer needed at most."""
     shared = variant is not None and variant.shared
-    with memory_shared(shared), Fleet(peers) as fleet, tempfile.TemporaryDirectory() as folder:
+    fleet = Fleet(peers, environment={SHARED: str(int(shared))})
+    with fleet, tempfile.TemporaryDirectory() as folder:
         fleet.fill()
         team = fleet.team
         if variant is None:
@@ -203,8 +202,8 @@ def case(peers: int, elements: int, variant: Variant | None, rounds: int) -> lis
                 peer.ask(prepare_gloo, elements, f"{folder}/store", rank, peers)
             for peer in team:
                 peer.answer()
-        else:
-            fleet.all(prepare, elements)
+        elif any(one != shared for one in fleet.all(prepare, elements)):
+            raise RuntimeError(f"peers that share memory: {not shared}, asked for {shared}")
         if variant is not None and variant.fault:
             taken_s = whole(team, variant)
             fleet.all(mark)

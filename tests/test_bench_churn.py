@@ -79,9 +79,10 @@ def test_memory() -> None:
     for row in report.rows:
         held = row["metrics"]["buffers_times_encoded"]["median"]
         snapshot = 0.0 if "borrowed" in row["case"]["variant"] else 1.0
-        # Results, and at the very most what the others contribute to our chunks. The pool's
-        # classes are at most an eighth larger than what is asked for.
-        assert 0.9 <= held <= (1 + snapshot + (peers - 1) / peers) * 9 / 8, row
+        # Results, if they are not in shared memory, and at the very most what the others contribute
+        # to our chunks. The pool's classes are at most an eighth larger than what is asked for.
+        least = 0.0 if "shared" in row["case"]["variant"] else 0.9
+        assert least <= held <= (1 + snapshot + (peers - 1) / peers) * 9 / 8, row
         assert row["metrics"]["left_mib"]["median"] < 0.5, row  # nothing is held after wait()
 
 
