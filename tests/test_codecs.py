@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from decotrain import _core
 
 CODECS = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
+STOCHASTIC = ("int8", "e2m1", "e3m0")
 LEVELS = ("avx2", "avx512", "neon")  # those the CPU lacks fall back to its best
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -129,6 +130,24 @@ def test_levels_encode_and_decode_the_same_bits(values: F32, codec: str) -> None
         if data is not None:
             assert _core.codec_valid(codec, data, values.size)
             assert same(decode(codec, data, values.size), decoded)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=float_bits(), codec=st.sampled_from(STOCHASTIC), key=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**64 - 1),
+)  # fmt: skip
+def test_levels_round_by_chance_to_the_same_bits(
+    values: F32, codec: str, key: int, stream: int
+) -> None:
+    seen = set()
+    for level in ("scalar", *LEVELS):
+        _core.set_simd(level)
+        out = np.full(_core.codec_bytes(codec, values.size), 0xA5, np.uint8)
+        done = _core.codec_encode_stochastic(codec, values, key, stream, out)
+        assert done == bool(np.isfinite(values).all())
+        seen.add(out.tobytes() if done else None)
+    assert len(seen) == 1
 
 
 @settings(max_examples=100, deadline=None)

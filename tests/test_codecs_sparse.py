@@ -46,6 +46,34 @@ def test_topk_keeps_the_largest() -> None:
         assert np.abs(kept).sum() == pytest.approx(np.abs(chunk[expected]).sum(), rel=5e-3)
 
 
+def indices(data: NDArray[np.uint8], kept: int) -> list[int]:
+    """Of the first chunk, from its bytes as docs/codecs.md has them."""
+    bits = np.unpackbits(data[: (kept * 12 + 7) // 8], bitorder="little")
+    return [int(bits[12 * i : 12 * i + 12] @ (1 << np.arange(12))) for i in range(kept)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), size=st.integers(1, 4096), k=st.integers(1, 4096),
+    kind=st.sampled_from(["spread", "alike", "few values", "any bits"]),
+)  # fmt: skip
+def test_topk_chooses_the_lowest_index_among_equals(
+    seed: int, size: int, k: int, kind: str
+) -> None:
+    random = np.random.default_rng(seed)
+    bits = random.integers(0, 2**32, size, dtype=np.uint32)
+    bits[(bits & 0x7F800000) == 0x7F800000] ^= np.uint32(0x40000000)
+    values = {
+        "spread": random.standard_t(4, size),
+        "alike": 1 + random.random(size) / 1e4,  # one bucket of any histogram
+        "few values": random.integers(-2, 3, size),
+        "any bits": bits.view(np.float32),
+    }[kind].astype(np.float32)
+    kept = min(k, size)
+    expected = np.sort(np.argsort(-np.abs(values), kind="stable")[:kept])
+    assert indices(topk(values, k), kept) == expected.tolist()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1), size=st.integers(0, 9000), k=st.integers(1, 70),

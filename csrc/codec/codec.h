@@ -73,16 +73,17 @@ struct Contribution {
   float weight = 1.0f;               // relative, > 0, already divided by the largest
 };
 
-// Decodes all contributions and combines them in the order given, one pass over memory, into
-// `result` (encoded with result_codec). Weights count for mean and norm_clip only. Contributions
-// are finite (checked with `valid` on arrival). False when the combined value is not finite, or the
-// rule is not valid.
 // The owner's own error feedback: `before` (what earlier results lost, or null: nothing) is added
 // to the combined value, and `after` (null: nobody wants it) is what this result loses.
 struct OwnerFeedback {
   const float* before = nullptr;
   float* after = nullptr;
 };
+
+// Decodes all contributions and combines them in the order given, one pass over memory, into
+// `result` (encoded with result_codec). Weights count for mean and norm_clip only. Contributions
+// are finite (checked with `valid` on arrival). False when the combined value is not finite, or the
+// rule is not valid.
 bool combine(Rule rule, float rule_parameter, Codec codec, std::span<const Contribution> from,
              std::size_t elements, Codec result_codec, std::byte* result,
              OwnerFeedback feedback = {});

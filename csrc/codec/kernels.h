@@ -26,6 +26,13 @@ struct Place {
 // `bytes` encode a chunk of `elements`; begin is a multiple of kPart.
 Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t begin);
 
+// Uniform numbers of stochastic rounding. Value i of a chunk has word i / 16 % 4 of Philox with the
+// counter (i / 64 * 16 + i % 16, stream): four calls at once fill 16 lanes.
+struct Chance {
+  std::uint64_t key = 0;
+  std::uint64_t stream = 0;
+};
+
 struct Kernels {
   // False: a value is NaN or infinite.
   bool (*encode[kCodecCount])(const float* values, std::size_t elements, const Place& out);
@@ -34,6 +41,10 @@ struct Kernels {
   // total[i] = weight * value[i] when first, else total[i] + weight * value[i].
   void (*accumulate[kCodecCount])(const Place& in, std::size_t elements, float weight, bool first,
                                   float* total);
+  // Chooses the codes of a part anew by chance, whose scales and nearest codes are there. `first`
+  // is its first value's number in the chunk. Null: this codec has none.
+  void (*choose[kCodecCount])(const float* values, std::size_t elements, std::uint64_t first,
+                              const Chance& chance, const Place& out);
   // out[i] = factor * (weights[0] * from[0][i] + weights[1] * from[1][i] + ...), count > 0 terms,
   // in one pass. False: a value of `out` is NaN or infinite.
   bool (*combine_f32)(const float* const* from, const float* weights, std::size_t count,

@@ -9,6 +9,7 @@
 
 #include "codec/kernels.h"
 #include "codec/lanes_f32.h"
+#include "codec/lanes_stochastic.h"
 
 namespace decotrain {
 namespace {
@@ -437,6 +438,8 @@ constexpr Kernels make_kernels() noexcept {
           {accumulate_with<V, F32>, accumulate_with<V, Bf16>, accumulate_with<V, F16>,
            accumulate_with<V, Int8>, accumulate_with<V, E2m1>, accumulate_with<V, E3m0>,
            accumulate_with<V, Int2>},
+          {nullptr, nullptr, nullptr, choose_with<V, ChooseInt8>, choose_with<V, ChooseE2m1>,
+           choose_with<V, ChooseE3m0>, nullptr},
           combine_f32_with<V>,
           stream_f32_with<V>,
           finite_f32_with<V>};

@@ -38,6 +38,8 @@ struct Avx2 {
   }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
   static I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
   static F real(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
   static I both(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
@@ -62,6 +64,19 @@ struct Avx2 {
     return _mm256_andnot_si256(_mm256_cmpgt_epi32(b, a), x);
   }
   static I keep_at_least(I a, I b, I x) { return {keep(a.a, b.a, x.a), keep(a.b, b.b, x.b)}; }
+
+  // The multiplier works on even lanes; odd ones are moved there and back.
+  static void product(__m256i x, __m256i y, __m256i& high, __m256i& low) {
+    const __m256i even = _mm256_mul_epu32(x, y);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  static void product(I x, u32 y, I& high, I& low) {
+    const __m256i by = _mm256_set1_epi32(static_cast<int>(y));
+    product(x.a, by, high.a, low.a);
+    product(x.b, by, high.b, low.b);
+  }
 
   static u32 largest(I x) {
     const __m256i m = _mm256_max_epi32(x.a, x.b);

@@ -22,6 +22,8 @@ struct Avx512 {
   static I set(u32 x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static I bits(F x) { return _mm512_castps_si512(x); }
   static F real(I x) { return _mm512_castsi512_ps(x); }
   static I both(I a, I b) { return _mm512_and_si512(a, b); }
@@ -44,6 +46,14 @@ struct Avx512 {
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static I keep_at_least(I a, I b, I x) {
     return _mm512_maskz_mov_epi32(_mm512_cmpge_epi32_mask(a, b), x);
+  }
+  // The multiplier works on even lanes; odd ones are moved there and back.
+  static void product(I x, u32 y, I& high, I& low) {
+    const I by = set(y);
+    const I even = _mm512_mul_epu32(x, by);
+    const I odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), by);
+    high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+    low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
   }
   static u32 largest(I x) { return static_cast<u32>(_mm512_reduce_max_epi32(x)); }
   static u32 total(I x) { return static_cast<u32>(_mm512_reduce_add_epi32(x)); }

@@ -40,6 +40,8 @@ struct Neon {
   static I set(u32 x) { DT_EACH(I, vdupq_n_u32(x)); }
   static F mul(F x, F y) { DT_EACH(F, vmulq_f32(x.v[k], y.v[k])); }
   static F add(F x, F y) { DT_EACH(F, vaddq_f32(x.v[k], y.v[k])); }
+  static F sub(F x, F y) { DT_EACH(F, vsubq_f32(x.v[k], y.v[k])); }
+  static F div(F x, F y) { DT_EACH(F, vdivq_f32(x.v[k], y.v[k])); }
   static I bits(F x) { DT_EACH(I, vreinterpretq_u32_f32(x.v[k])); }
   static F real(I x) { DT_EACH(F, vreinterpretq_f32_u32(x.v[k])); }
   static I both(I x, I y) { DT_EACH(I, vandq_u32(x.v[k], y.v[k])); }
@@ -62,6 +64,15 @@ struct Neon {
   static F to_float(I x) { DT_EACH(F, vcvtq_f32_s32(s(x.v[k]))); }
   static I keep_at_least(I a, I b, I x) {
     DT_EACH(I, vandq_u32(vcgeq_s32(s(a.v[k]), s(b.v[k])), x.v[k]));
+  }
+
+  static void product(I x, u32 y, I& high, I& low) {
+    for (int k = 0; k < 4; ++k) {
+      const auto first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x.v[k]), vdup_n_u32(y)));
+      const auto last = vreinterpretq_u32_u64(vmull_high_u32(x.v[k], vdupq_n_u32(y)));
+      low.v[k] = vuzp1q_u32(first, last);
+      high.v[k] = vuzp2q_u32(first, last);
+    }
   }
 
   static u32 largest(I x) {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "codec/kernels.h"
+#include "philox.h"
 
 namespace decotrain {
 namespace {
@@ -267,6 +268,87 @@ DT_DECODE(e3m0)
 DT_DECODE(int2)
 #undef DT_DECODE
 
+// --- stochastic rounding
+
+// In [0, 1), 24 bits (see Chance).
+class Uniform {
+ public:
+  explicit Uniform(const Chance& chance) : chance_(chance) {}
+  float operator()(std::uint64_t i) {
+    if (i / 64 != group_) {
+      group_ = i / 64;
+      for (u32 lane = 0; lane < kLanes; ++lane) {
+        const std::uint64_t counter = group_ * kLanes + lane;
+        words_[lane] = philox(static_cast<u32>(counter), static_cast<u32>(counter >> 32),
+                              static_cast<u32>(chance_.stream),
+                              static_cast<u32>(chance_.stream >> 32), chance_.key);
+      }
+    }
+    return mul(static_cast<float>(words_[i % kLanes].word[i / kLanes % 4] >> 8), 0x1p-24f);
+  }
+
+ private:
+  Chance chance_;
+  std::uint64_t group_ = ~std::uint64_t{0};
+  Philox words_[kLanes] = {};
+};
+
+// Whether a goes to the upper of two neighbouring levels: with probability (a - low) / gap.
+bool up(float a, float low, float high, float u) { return mul(u, high - low) < a - low; }
+
+void choose_int8(const float* values, std::size_t elements, std::uint64_t first,
+                 const Chance& chance, const Place& out) {
+  Uniform uniform(chance);
+  for (std::size_t i = 0; i < elements; ++i) {
+    const auto scale = load<float>(out.scales, i / kInt8Block);
+    if (scale == 0.0f) continue;
+    const float a = std::min(quotient(real(magnitude(values[i])), scale), 127.0f);
+    const auto low = static_cast<i32>(a);
+    const bool rises =
+        up(a, static_cast<float>(low), static_cast<float>(low + 1), uniform(first + i));
+    const i32 code = low + (rises ? 1 : 0);
+    out.codes[i] = static_cast<u8>(bits(values[i]) >> 31 != 0 ? -code : code);
+  }
+}
+
+// level(code): the magnitudes of codes 0 .. 7, rising.
+template <typename Level>
+u32 choose_of_eight(float x, float u, Level level) {
+  const float a = real(magnitude(x));
+  u32 code = 0;
+  while (code < 7 && level(code + 1) <= a) ++code;
+  if (code < 7 && up(a, level(code), level(code + 1), u)) ++code;
+  return code == 0 ? 0 : code | (bits(x) >> 28 & 8);
+}
+
+void put_anew(u8* codes, std::size_t i, u32 code) {
+  u8& byte = codes[i / 32 * 16 + i % 16];
+  byte = static_cast<u8>(byte & (i % 32 < 16 ? 0xf0u : 0x0fu));
+  put<4>(codes, i, code);
+}
+
+void choose_e2m1(const float* values, std::size_t elements, std::uint64_t first,
+                 const Chance& chance, const Place& out) {
+  Uniform uniform(chance);
+  for (std::size_t i = 0; i < elements; ++i) {
+    const u32 scale = e2m1_scale_bits(out.scales[i / kE2m1Block], out.exponents[i / kE2m1Group]);
+    if (scale == 0) continue;
+    const auto level = [&](u32 code) { return mul(e2m1_level(code), real(scale)); };
+    put_anew(out.codes, i, choose_of_eight(values[i], uniform(first + i), level));
+  }
+}
+
+void choose_e3m0(const float* values, std::size_t elements, std::uint64_t first,
+                 const Chance& chance, const Place& out) {
+  Uniform uniform(chance);
+  for (std::size_t i = 0; i < elements; ++i) {
+    const u32 exponent = out.scales[i / kE3m0Block];
+    if (exponent == 0) continue;
+    const auto level = [&](u32 code) { return e3m0_value(code, exponent); };
+    put_anew(out.codes, i, choose_of_eight(values[i], uniform(first + i), level));
+  }
+}
+
 bool combine_f32(const float* const* from, const float* weights, std::size_t count, float factor,
                  std::size_t elements, float* out) {
   bool finite = true;
@@ -296,6 +378,7 @@ const Kernels kScalarKernels = {
     {decode_f32, decode_bf16, decode_f16, decode_int8, decode_e2m1, decode_e3m0, decode_int2},
     {accumulate_f32, accumulate_bf16, accumulate_f16, accumulate_int8, accumulate_e2m1,
      accumulate_e3m0, accumulate_int2},
+    {nullptr, nullptr, nullptr, choose_int8, choose_e2m1, choose_e3m0, nullptr},
     combine_f32,
     stream_f32,
     finite_f32};

@@ -131,6 +131,32 @@ TEST_CASE("SIMD levels give the bits of the scalar reference") {
   set_simd(best_simd());
 }
 
+TEST_CASE("SIMD levels choose the codes of stochastic rounding that the scalar reference chooses") {
+  for (const Codec codec : {Codec::int8, Codec::e2m1, Codec::e3m0}) {
+    for (unsigned seed = 0; seed < 200; ++seed) {
+      const std::size_t count = seed < 150 ? seed * 17 + seed % 3 : 9000 + seed;
+      const std::vector<float> values = nasty(count + 3, seed);
+      const std::span<const float> part(values.data() + seed % 4, count);
+      const std::uint64_t stream = std::uint64_t{seed} << 32 | 7;
+      const auto encoded = [&](Simd level) {
+        set_simd(level);
+        std::vector<std::byte> bytes(encoded_bytes(codec, count), std::byte{0xa5});
+        CHECK(encode_stochastic(codec, part, 0x123456789abcdef0u + seed, stream, bytes.data()));
+        return bytes;
+      };
+      const std::vector<std::byte> scalar = encoded(Simd::scalar);
+      REQUIRE(valid(codec, scalar.data(), count));
+      for (const Simd level : {Simd::avx2, best_simd()}) {
+        CAPTURE(codec_name(codec));
+        CAPTURE(seed);
+        CAPTURE(simd_name(level));
+        CHECK((encoded(level) == scalar));
+      }
+    }
+  }
+  set_simd(best_simd());
+}
+
 TEST_CASE("every codec: error within its bound, zeros exact, NaN refused") {
   const std::array<double, kCodecCount> bounds{0.0, 1e-5, 1e-7, 3e-4, 0.02, 0.08, 0.35};
   for (std::uint8_t c = 0; c < kCodecCount; ++c) {
