@@ -201,6 +201,7 @@ const char* fault(const RoundSpec& spec) {
     return "";
   }
   if ((spec.op == Op::sum) != (spec.rule == Rule::sum)) return "operation and rule disagree";
+  if (!rule_valid(spec.rule, spec.rule_parameter)) return "a parameter that its rule cannot use";
   if (spec.elements > std::uint64_t{kMaxChunks} * spec.chunk_elements) return "too many chunks";
   if (encoded_bytes(spec.contribution, spec.chunk_elements) > kMaxChunkBytes ||
       encoded_bytes(spec.result, spec.chunk_elements) > kMaxChunkBytes) {

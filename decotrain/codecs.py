@@ -11,6 +11,11 @@ from decotrain import _core
 from decotrain.errors import ConfigError
 
 NAMES = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
+RULES = ("median", "trimmed_mean", "norm_clip")  # instead of the mean
+PARAMETERS = {  # of rules: from, below, what it is
+    "trimmed_mean": (0.0, 0.5, "the part cut at each end, from 0 to below 0.5"),
+    "norm_clip": (0.0, 1e30, "the longest length allowed, in median lengths, such as 2.0"),
+}
 STOCHASTIC = ("int8", "e2m1", "e3m0")  # those that have stochastic rounding
 
 
@@ -36,6 +41,27 @@ def check_stochastic(contribution: str, feedback: bool) -> None:
         f" feedback, not for {contribution}"
         f"{' with it (codec.error_feedback=false)' if feedback else ''}"
     )
+
+
+def check_rule(rule: str | None, op: str, parameter: float | None) -> float:
+    """The rule's parameter as the core takes it; ConfigError for a rule or parameter that is none."""
+    if rule is not None and rule not in RULES:
+        near = difflib.get_close_matches(rule, RULES, 1, 0.4) if isinstance(rule, str) else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"rule={rule!r}: {hint}A rule is one of {', '.join(RULES)}")
+    if rule is not None and op != "mean":
+        raise ConfigError(f"rule={rule} takes the place of the mean: leave out op={op}")
+    name = rule or op
+    if name not in PARAMETERS:
+        if parameter is not None:
+            raise ConfigError(f"rule_parameter={parameter}: {name} has no parameter")
+        return 0.0
+    least, most, meaning = PARAMETERS[name]
+    number = isinstance(parameter, (int, float)) and least <= parameter < most
+    if not number or (name == "norm_clip" and parameter == 0):
+        raise ConfigError(f"rule_parameter={parameter}: {name} needs {meaning}")
+    assert parameter is not None
+    return float(parameter)
 
 
 def check_owner_feedback(result: str) -> None:

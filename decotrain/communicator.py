@@ -152,7 +152,7 @@ class Communicator:
         owner_residual: Any = None,  # f32, as long: error feedback of the results that we own
         stochastic: bool = False,  # round contributions by chance: int8, e2m1, e3m0, no residual
         rule: str | None = None,  # "median", "trimmed_mean", "norm_clip" instead of op's own
-        rule_parameter: float = 0.0,
+        rule_parameter: float | None = None,  # the last two need one (docs/codecs.md)
         state_digest: int = 0,  # of the state the contribution was computed from
         chunk_elements: int | None = None,
     ) -> Work:
@@ -170,8 +170,8 @@ class Communicator:
         codec, result_codec = codecs.pair(codec, result_codec)
         options: dict[str, Any] = {
             "tag": tag, "op": op, "codec": codec, "result_codec": result_codec, "rule": rule,
-            "rule_parameter": rule_parameter, "chunk_elements": chunk_elements,
-            "state_digest": state_digest,
+            "rule_parameter": codecs.check_rule(rule, op, rule_parameter),
+            "chunk_elements": chunk_elements, "state_digest": state_digest,
         }  # fmt: skip
         chance = draw_chance(self.peer) if stochastic else None
         mine = Given(given, options, weight, borrow, kept, chance, owner_residual)
@@ -185,7 +185,7 @@ class Communicator:
                 return mine.begin(node)
             except (NotFiniteError, OutOfMemoryError, AbandonedError) as error:
                 work = error.work if isinstance(error, AbandonedError) else mine.skip(node)
-                self._shared.skipped.setdefault(tag, []).append(work)
+                self._shared.skip(tag, work)
                 raise
 
         work = self._begin(tag, begin, places)

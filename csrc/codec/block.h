@@ -138,6 +138,13 @@ DT_HD u32 e2m1_scale(u32 absmax) {
   return scale > kE2m1ScaleMax ? kE2m1ScaleMax : scale;
 }
 
+// Not below absmax / 6, for stochastic rounding: a value above 6 scales could only go down.
+DT_HD u32 e2m1_scale_above(u32 absmax) {
+  if (absmax < kTiny) return 0;
+  const u32 scale = (bits(quotient(real(absmax), 6.0f)) + 0xfffffu) & 0xfff00000u;
+  return scale > kE2m1ScaleMax ? kE2m1ScaleMax : scale;
+}
+
 DT_HD u8 e2m1_scale_byte(u32 scale, u32 exponent) {  // exponent: largest scale >> 23 of the group
   if (scale == 0 || (scale >> 23) + 31 < exponent) return 0;
   return static_cast<u8>((scale >> 20) - ((exponent - 31) << 3));

@@ -97,34 +97,33 @@ struct Levels {
   float border = 0.0f;  // of shrunk magnitudes
 };
 
+float mean(double sum, std::size_t count) {
+  return static_cast<float>(sum / static_cast<double>(count));
+}
+
 // The mean first, then halfway between the means of both sides. Values that already lie on two
 // levels come out as they are: encoding what was decoded changes nothing.
 Levels place_levels(std::span<const float> values, const Chosen& chosen) {
-  float sum = 0.0f;
-  for (std::size_t i = 0; i < chosen.count; ++i) {
-    sum = add(sum, int2_shrunk(values[chosen.index[i]]));
-  }
+  double sum = 0.0;  // 4096 values may add up to more than a float holds
+  for (std::size_t i = 0; i < chosen.count; ++i) sum += int2_shrunk(values[chosen.index[i]]);
   Levels levels;
-  levels.border = quotient(sum, static_cast<float>(chosen.count));
+  levels.border = mean(sum, chosen.count);
   for (int step = 0; step <= kRefinements; ++step) {
-    float below = 0.0f;
-    float above = 0.0f;
-    u32 above_count = 0;
+    double below = 0.0;
+    double above = 0.0;
+    std::size_t above_count = 0;
     for (std::size_t i = 0; i < chosen.count; ++i) {
       const float y = int2_shrunk(values[chosen.index[i]]);
       const bool is_above = y >= levels.border;
-      above_count += is_above;
-      float& side = is_above ? above : below;
-      side = add(side, y);
+      above_count += is_above ? 1 : 0;
+      (is_above ? above : below) += y;
     }
-    const u32 below_count = static_cast<u32>(chosen.count) - above_count;
-    levels.high = int2_level(above, above_count);
-    levels.low = below_count == 0 ? levels.high : int2_level(below, below_count);
+    const std::size_t below_count = chosen.count - above_count;
+    if (above_count > 0) levels.high = int2_level(mean(above, above_count), 1);
+    levels.low = below_count == 0 ? levels.high : int2_level(mean(below, below_count), 1);
     if (above_count == 0) levels.high = levels.low;
     if (step == kRefinements || below_count == 0 || above_count == 0) break;
-    levels.border = mul(add(quotient(below, static_cast<float>(below_count)),
-                            quotient(above, static_cast<float>(above_count))),
-                        0.5f);
+    levels.border = mul(add(mean(below, below_count), mean(above, above_count)), 0.5f);
   }
   return levels;
 }

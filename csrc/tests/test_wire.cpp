@@ -131,6 +131,24 @@ TEST_CASE("a specification is packed and checked") {
   CHECK_FALSE(unpack_spec(pack(spec)).has_value());
 }
 
+TEST_CASE("a specification whose rule would make nothing is refused") {
+  RoundSpec spec;
+  spec.elements = 8;
+  spec.chunk_elements = 8;
+  const auto taken = [&](Rule rule, float parameter) {
+    spec.rule = rule;
+    spec.rule_parameter = parameter;
+    return unpack_spec(pack(spec)).has_value();
+  };
+  CHECK(taken(Rule::median, 0.0f));
+  CHECK(taken(Rule::trimmed_mean, 0.25f));
+  CHECK_FALSE(taken(Rule::trimmed_mean, 0.5f));
+  CHECK_FALSE(taken(Rule::trimmed_mean, -0.1f));
+  CHECK(taken(Rule::norm_clip, 2.0f));
+  CHECK_FALSE(taken(Rule::norm_clip, 0.0f));
+  CHECK_FALSE(taken(Rule::norm_clip, -2.0f));
+}
+
 TEST_CASE("a short header is what differs, and comes out whole") {
   std::mt19937_64 random(7);
   HeaderBytes base{};
