@@ -23,6 +23,7 @@ from decotrain import _core
 CODECS = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
 COMBINED = (2, 8, 32)
 CHUNK = 1 << 18  # values, as in a round
+CACHED = 1 << 14  # values: eight contributions of f32 are half a MiB
 STOCHASTIC = ("int8", "e2m1", "e3m0")
 KEEP = 64  # of every 4096
 
@@ -99,6 +100,8 @@ def _speed(report: Report, settings: Settings, codec: str, values: np.ndarray[An
     amounts = dict.fromkeys(calls, values.nbytes)
     for n in COMBINED:
         calls[f"combine {n}"], amounts[f"combine {n}"] = _combine(codec, parts, n)
+    cached = f"combine {COMBINED[1]}, in cache"
+    calls[cached], amounts[cached] = _combine(codec, [parts[0][:CACHED]], COMBINED[1])
     if codec != "f32":
         fed = f"combine {COMBINED[1]}, owner feedback"
         calls[fed], amounts[fed] = _combine(codec, parts, COMBINED[1], feedback=True)

@@ -218,6 +218,28 @@ def test_levels_combine_to_the_same_bits(
         assert all(same(a, b) for each in seen for a, b in zip(each, seen[0], strict=True))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), size=st.integers(1, 9000), n=st.integers(1, 40),
+    rule=st.sampled_from(["mean", "sum"]),
+)  # fmt: skip
+def test_many_contributions_are_added_in_order(seed: int, size: int, n: int, rule: str) -> None:
+    """The bits of docs/codecs.md: rounded products added from the first, then one factor."""
+    random = np.random.default_rng(seed)
+    parts = random.standard_t(4, (n, size)).astype(np.float32)
+    weights = random.choice([1.0, 0.5, 0.3], n).astype(np.float32)
+    factors = np.ones(n, np.float32) if rule == "sum" else weights
+    total = parts[0] * factors[0]
+    for part, factor in zip(parts[1:], factors[1:], strict=True):
+        total = total + part * factor
+    if rule == "mean":
+        total = total * np.float32(1 / weights.astype(np.float64).sum())
+    out = np.empty(_core.codec_bytes("f32", size), np.uint8)
+    data = [part.view(np.uint8) for part in parts]
+    assert _core.codec_combine(rule, "f32", data, weights.tolist(), size, "f32", out)
+    assert same(out.view(np.float32), total)
+
+
 # --- A9: the corners
 
 
