@@ -156,6 +156,13 @@ def _one_line(text: str) -> str:
         keys = re.findall(r"^(\w+):", "\n".join(texts), re.MULTILINE)
         near = [f" (did you mean {key}?)" for key in get_close_matches(found[1], keys, 1)]
         return f"unknown key {found[1]}{''.join(near)}; --help lists the keys"
+    if found := re.match(r"In '\w+': Could not find 'codec/(.+)'", text.strip()):
+        from decotrain import codecs
+
+        try:  # a pair that no file in configs/codec has is for hydra to explain
+            codecs.pair(found[1])
+        except ConfigError as error:
+            return str(error)
     line = re.sub(r"\s*\n\s*", "; ", text.strip()).replace(":;", ":")
     return line if len(line) <= MESSAGE_MAX else line[:MESSAGE_MAX] + " ..."
 

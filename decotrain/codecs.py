@@ -21,6 +21,11 @@ STOCHASTIC = ("int8", "e2m1", "e3m0")  # those that have stochastic rounding
 
 def pair(name: str, result: str | None = None) -> tuple[str, str]:
     """(contributions, results) of "int8" (both) or "e2m1+int8"; `result` names the second apart."""
+    for given in (name, name if result is None else result):
+        if not isinstance(given, str):  # None, a dtype, a tuple: what was meant has a name
+            parts = given if isinstance(given, (list, tuple)) else [given]
+            words = "+".join(str(part).removeprefix("torch.") for part in parts)
+            raise ConfigError(f"codec={given!r} is no name: {_meant(words)}")
     if result is not None and "+" in name:
         raise ConfigError(
             f"codec={name} names the codec of results already; leave out result_codec={result}"
@@ -44,7 +49,7 @@ def check_stochastic(contribution: str, feedback: bool) -> None:
 
 
 def check_rule(rule: str | None, op: str, parameter: float | None) -> float:
-    """The rule's parameter as the core takes it; ConfigError for a rule or parameter that is none."""
+    """The rule's parameter as the core takes it; ConfigError for one that is none, or no rule."""
     if rule is not None and rule not in RULES:
         near = difflib.get_close_matches(rule, RULES, 1, 0.4) if isinstance(rule, str) else []
         hint = f"did you mean {near[0]}? " if near else ""
@@ -75,6 +80,11 @@ def check_owner_feedback(result: str) -> None:
 
 def _meant(whole: str) -> str:
     parts = [part.strip().lower() for part in whole.replace("/", "+").replace(",", "+").split("+")]
+    if any(part.replace("-", "").replace("_", "").startswith("topk") for part in parts):
+        return (
+            "top-k is not for rounds that combine: it comes with outer=sparseloco, which takes no"
+            f" codec. A codec is one of {', '.join(NAMES)}"
+        )
     near = [difflib.get_close_matches(part, NAMES, 1, 0.4) for part in parts]
     if len(parts) <= 2 and all(near):
         hint = f"did you mean {'+'.join(one[0] for one in near)}? "

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from decotrain import tensors as tn
@@ -46,12 +46,34 @@ class Result:
     parts: dict[int, bytes] = field(default_factory=dict)  # collect: slot -> its bytes
     begun: bool = True  # false: it came to us as an observer, or was missed
     slots: tuple[int, ...] = ()  # of the contributors
+    refused: tuple[int, ...] = ()  # peer ids whose bytes were no contribution: see `without`
 
     @property
     def tensor(self) -> Any:
         """The one tensor of a round begun with one tensor."""
         assert len(self.tensors) == 1, f"this round has {len(self.tensors)} tensors"
         return self.tensors[0]
+
+    def without(self, bad: Collection[int]) -> Result:
+        """Of a collect round: as if these slots had contributed nothing. What its bytes mean is
+        known to who collects them, so the core cannot leave them out."""
+        if not bad:
+            return self
+        peers = dict(zip(self.slots, self.contributors, strict=True))
+        kept = {slot: peer for slot, peer in peers.items() if slot not in bad}
+        return replace(
+            self,
+            parts={slot: data for slot, data in self.parts.items() if slot in kept},
+            slots=tuple(kept),
+            contributors=tuple(kept.values()),
+            refused=tuple(peer for slot, peer in peers.items() if slot in bad),
+        )
+
+    def name_refused(self, comm: Communicator) -> None:
+        """Says who was left out, here and to the coordinator, as the core does where it decodes."""
+        for peer in self.refused:
+            detail = f"the contribution of {peer:016x} is no encoding, or has no valid weight"
+            comm._agent.doubt("refused", peer, self.tag, self.seq, detail)
 
 
 class Work:
@@ -71,6 +93,7 @@ class Work:
         self._owner_residual: Any = None  # flat
         self._result: Result | None = None
         self._told = False  # that our contribution was withdrawn
+        self.begun = work is not None  # false: it was over before it took anything of ours
 
     @property
     def seq(self) -> int | None:
@@ -82,6 +105,11 @@ class Work:
     def done(self) -> bool:
         """True when `wait()` would return at once."""
         return self._result is not None or self._work is None or self._work.done()
+
+    def forgo(self) -> None:
+        """In place of `wait`, by who will not call it after an error."""
+        if self._work is not None:
+            self.comm._shared.skip(self.tag, self._work)
 
     def wait(self, timeout_s: float | None = None) -> Result:
         """The result. Raises WaitTimeoutError (the round goes on), RoundError or LeftError."""
@@ -128,9 +156,8 @@ class Work:
 
     def _withdrawn(self) -> None:
         """Chunks of a borrowed tensor were refused by their owners: they are not finite."""
-        skipped = self.comm._shared.skipped.setdefault(self.tag, [])
         if not self._told:
-            skipped.append(self._work)  # its result is missed, like that of a round begun with NaN
+            self.forgo()
         self._told = True
         raise NotFiniteError(
             f"round of tag {self.tag}: tensor 0 contains NaN or infinity; the chunks that hold"

@@ -149,6 +149,11 @@ class SharedState:
         # A round that we skipped, after an error, moves the state though its caller has no Work.
         return bool(self.skipped.get(tag)) or self.versions.next(tag, missed).do != "nothing"
 
+    def skip(self, tag: int, work: Any) -> None:
+        """A round of the core that its caller has no Work of, after an error: its result is missed,
+        and `catch_up` brings it, so that no state is fetched for it."""
+        self.skipped.setdefault(tag, []).append(work)
+
     def follows(self, held: Any) -> bool:
         """May the result of a round begun here be applied to our state?"""
         if held.tag not in self.fragments or held.outcome != "stable":

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from decotrain import _core, codecs
+from decotrain.cli import _one_line
 from decotrain.communicator import join
 from decotrain.errors import ConfigError
+from decotrain.outer.codec import CodecChoice
 from tests.test_communicator import WAIT_S
 
 
@@ -44,3 +47,35 @@ def test_a_wrong_name_says_what_was_meant(wrong: str, meant: str | None) -> None
     said = str(error.value)
     assert said.startswith(f"codec={wrong}: ")
     assert (f"did you mean {meant}?" in said) if meant else ("did you mean" not in said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [(None, None), (torch.bfloat16, "bf16"), (torch.int8, "int8"), (np.float16, None), (8, None),
+     (("e2m1", "int8"), "e2m1+int8"), (["e2m1", torch.int8], "e2m1+int8"), (b"int8", None)],
+)  # fmt: skip
+def test_what_is_no_name_is_no_codec_either(wrong: Any, meant: str | None) -> None:
+    with join("local") as comm:
+        for options in ({"codec": wrong}, {"codec": "int8", "result_codec": wrong}):
+            if wrong is None and "result_codec" in options:
+                continue  # which is to name none
+            with pytest.raises(ConfigError, match=r"is no name: .*A codec is one of") as error:
+                comm.all_reduce(np.ones(5, np.float32), **options)
+            said = str(error.value)
+            assert (f"did you mean {meant}?" in said) if meant else True
+    with pytest.raises(ConfigError, match="is no name"):
+        CodecChoice.named(wrong)
+
+
+@pytest.mark.parametrize("name", ["topk", "top-k", "TopK", "top_k+int8", "topk64"])
+def test_top_k_says_where_it_is(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"outer=sparseloco.*A codec is one of f32"):
+        codecs.pair(name)
+
+
+def test_a_codec_without_a_file_is_told_of_as_in_the_api() -> None:
+    """`decotrain train codec=topk`: hydra knows files only."""
+    hydra = "In 'train': Could not find 'codec/{}'\n\nAvailable options in 'codec':\n\tbf16\n\tint8"
+    assert "outer=sparseloco" in _one_line(hydra.format("topk"))
+    assert _one_line(hydra.format("in8")).startswith("codec=in8: did you mean int8?")
+    assert "Available options" in _one_line(hydra.format("int8+int8")), "a codec, but no file"

@@ -130,6 +130,17 @@ def test_labels_are_short_and_tell_apart() -> None:
     assert compare.labels(seeds[:1] * 2) == ["", ""]
 
 
+def test_a_codec_that_was_not_used_tells_no_runs_apart(run_dir: Path) -> None:
+    for number, (preset, codec) in enumerate(
+        (p, c) for p in ("diloco", "sparseloco") for c in ("f32", "int8")
+    ):
+        one = Written(run_dir / str(number), outer={"preset": preset}, codec={"name": codec})
+        one.start()
+        one.round(10, 1000, 3.0)
+    found = [run.label for run in compare.read_all([run_dir])]
+    assert found == ["diloco f32", "diloco int8", "2 sparseloco", "3 sparseloco"]
+
+
 def sweep(folder: Path) -> None:
     for number, (preset, loss) in enumerate((("diloco", 2.6), ("streaming", 2.5))):
         one = Written(folder / str(number), outer={"preset": preset, "lr": 0.7})

@@ -16,9 +16,10 @@ from decotrain import checkpoint
 from decotrain.communicator import Communicator, join
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
-from decotrain.errors import ConfigError, Error, NotFiniteError, RoundError
+from decotrain.errors import ConfigError, Error, LeftError, NotFiniteError, RoundError
 from decotrain.outer import make
 from decotrain.outer.codec import Codec, CodecChoice, Contribution, TopK
+from decotrain.rounds import Result, Work
 from tests.outer_naive import deep
 from tests.outer_runs import take_steps
 from tests.test_communicator import WAIT_S, together
@@ -60,6 +61,42 @@ def test_a_poisoned_contribution_leaves_the_residual(codec: Codec) -> None:
         assert torch.equal(residual, kept)
         codec.begin(comm, 0, Contribution(values(50_000, 3), 1.0, given, residual)).wait(WAIT_S)
         assert residual.isfinite().all()
+
+
+@pytest.mark.parametrize("codec", CHOICES.values(), ids=CHOICES.keys())
+def test_a_round_that_takes_nothing_leaves_the_residual(codec: Codec) -> None:
+    """After a NaN our state lacks a round, which comes as a missed one; then there is no run."""
+    given, out = values(50_000, 1), torch.empty(50_000)
+    residual = codec.new_residual(given)
+    assert residual is not None
+
+    def begin(comm: Communicator, seed: int) -> Work:
+        return codec.begin(comm, 0, Contribution(values(50_000, seed), 1.0, out, residual))
+
+    def apply(result: Result) -> None:
+        with comm.updating(0):
+            applied.append(result.seq)
+
+    applied: list[int] = []
+    with join("local") as comm:
+        comm.register_state(0, {"w": np.zeros(4, np.float32)})
+        apply(begin(comm, 1).wait(WAIT_S))
+        assert residual.any()
+        kept = residual.clone()
+        poisoned = Contribution(torch.full((50_000,), float("nan")), 1.0, out, residual)
+        with pytest.raises(NotFiniteError):
+            codec.begin(comm, 0, poisoned)
+        for late in (Contribution(given, 1.0, out, residual), poisoned):
+            assert codec.begin(comm, 0, late).wait(WAIT_S).outcome == "lost"
+        assert torch.equal(residual, kept)
+        assert comm.catch_up(0, apply, wait=True, timeout_s=WAIT_S) == 2
+        assert applied == [0, 1]
+        apply(begin(comm, 2).wait(WAIT_S))
+        assert not torch.equal(residual, kept)
+        kept = residual.clone()
+    with pytest.raises(LeftError):
+        begin(comm, 3)
+    assert torch.equal(residual, kept)
 
 
 def test_options_that_make_no_sense_leave_the_residual() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from omegaconf import OmegaConf
 
 from decotrain.cli import configs
 from decotrain.errors import ConfigError
-from decotrain.train.settings import parse, to_mapping
+from decotrain.outer.presets import PRESETS, options_of
+from decotrain.train.job import TrainJob
+from decotrain.train.settings import OWN_CODEC, parse, to_mapping
 
 
 def composed() -> dict[str, Any]:
@@ -80,3 +83,31 @@ def test_a_missing_key_is_named() -> None:
     del config["outer"]["preset"]
     with pytest.raises(ConfigError, match=r"outer\.preset is missing"):
         parse(config)
+
+
+def test_presets_that_take_no_codec_are_known() -> None:
+    assert {name for name in PRESETS if "codec" not in options_of(name)} == set(OWN_CODEC)
+
+
+@pytest.mark.parametrize(
+    ("preset", "named", "told"),
+    [
+        ("sparseloco", ["outer=sparseloco", "codec=e2m1+int8"], ["codec=e2m1+int8"]),
+        ("sparseloco", ["codec.residual=bf16", "+codec.name=f16"],
+         ["codec.residual=bf16", "+codec.name=f16"]),
+        ("sparseloco", ["outer=sparseloco", "name=codec"], []),  # what nobody asked for
+        ("diloco", ["codec=e2m1+int8"], []),
+    ],
+)  # fmt: skip
+def test_a_codec_that_the_preset_does_not_use_is_named(
+    preset: str, named: list[str], told: list[str], run_dir: Path
+) -> None:
+    """No error: a sweep over presets and codecs comes to such pairs."""
+    (run_dir / "text.txt").write_bytes(b"some words, and some more of them; " * 4000)
+    config = change("outer.preset", preset)
+    config["data"]["path"] = str(run_dir / "text.txt")
+    job = TrainJob.of(config, named)
+    job.prepare()
+    notes = [line.partition(" ")[2] for line in job.board({}).events]
+    unused = [f"{word} is not used: outer={preset} has a codec of its own" for word in told]
+    assert notes[1:] == unused

@@ -123,6 +123,11 @@ class Agent:
         self.commands.append(event)
         self._wake()
 
+    def doubt(self, kind: str, peer: int, tag: int, seq: int, detail: str) -> None:
+        """What was found in a round where the core cannot look, as if it were an event of its."""
+        event = {"kind": kind, "peer": peer, "tag": tag, "seq": seq, "detail": detail}
+        self.post(lambda: self._node_event(event))
+
     def stop(self) -> None:
         """Ends the thread and the node. Says nothing to the coordinator."""
         self.stopping = True

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from decotrain import _core, codecs, tensors
@@ -53,8 +54,12 @@ class Codec(Protocol):
         """Begins the tag's next round."""
         ...
 
+    def sound(self, result: Result, elements: int) -> Result:
+        """The round without contributions that are none: the same ones for every peer."""
+        ...
+
     def mean(self, result: Result, elements: int) -> Tensor | None:
-        """The weighted mean of a round: the same bits on every peer. None: there is none."""
+        """The weighted mean of a sound round: the same bits on every peer. None: there is none."""
         ...
 
 
@@ -103,15 +108,17 @@ class CodecChoice:
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         before = given.residual
-        if before is None or self.decay == 1.0:
+        if before is None or self.decay == 1.0 or given.weight == 0:
             return self._begin(comm, tag, given)
-        kept = before.clone()
+        kept, begun = before.clone(), False
+        before.mul_(self.decay)
         try:
-            before.mul_(self.decay)
-            return self._begin(comm, tag, given)
-        except Exception:  # what is refused has changed nothing
-            before.copy_(kept)
-            raise
+            work = self._begin(comm, tag, given)
+            begun = work.begun
+            return work
+        finally:
+            if not begun:  # what is refused, or comes too late for its round, has changed nothing
+                before.copy_(kept)
 
     def _begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
         return comm.all_reduce(
@@ -127,6 +134,9 @@ class CodecChoice:
             state_digest=given.state_digest,
         )
 
+    def sound(self, result: Result, elements: int) -> Result:
+        return result  # whoever combined them has looked
+
     def mean(self, result: Result, elements: int) -> Tensor | None:
         return torch.as_tensor(result.tensor).view(-1) if result.contributors else None
 
@@ -136,7 +146,7 @@ class TopK:
     """The `keep` largest of every 4096 values, two bits each, collected from all (SparseLoCo).
 
     Every peer adds the contributions itself, in slot order. A contribution that is no valid
-    encoding, or has no sensible weight, is left out by everybody alike.
+    encoding, or has no sensible weight, is left out by everybody alike, and its sender named.
     """
 
     keep: int = 64
@@ -153,45 +163,57 @@ class TopK:
         return None  # nobody owns what is collected
 
     def begin(self, comm: Communicator, tag: int, given: Contribution) -> Work:
-        residual = given.residual
+        residual, elements = given.residual, given.values.numel()
+        bound = HEAD.size + _core.topk_bytes(elements, self.keep)
         assert residual is not None, "top-k without error feedback loses nearly everything"
-        size = _core.topk_bytes(residual.numel(), self.keep)
-        data = None
-        if given.weight > 0:
-            whole = residual.mul(self.decay).add_(given.values.cpu())
-            packed = np.empty(size, dtype=np.uint8)
-            if not _core.topk_encode(whole.numpy(), self.keep, packed):
-                comm.collect(None, tag=tag, max_bytes=HEAD.size + size)
-                raise NotFiniteError(
-                    f"round of tag {tag}: a parameter contains NaN or infinity; our contribution is"
-                    " skipped, the others go on without it"
-                )
-            sent = np.zeros(residual.numel(), dtype=np.float32)
-            _core.topk_add(packed, self.keep, -1.0, sent)
-            torch.add(whole, torch.from_numpy(sent), out=residual)
-            data = HEAD.pack(given.weight) + packed.tobytes()
-        return comm.collect(data, tag=tag, max_bytes=HEAD.size + size)
+        if not given.weight > 0:
+            return comm.collect(None, tag=tag, max_bytes=bound)
+        left = residual.mul(self.decay).add_(given.values.cpu())
+        data = self._take_largest(left, given.weight)
+        work = comm.collect(data, tag=tag, max_bytes=bound)
+        if not work.begun:  # nor when this raises does the residual change
+            return work
+        if data is None:
+            work.forgo()
+            raise NotFiniteError(
+                f"round of tag {tag}: a parameter contains NaN or infinity; our contribution is"
+                " skipped, the others go on without it"
+            )
+        residual.copy_(left)
+        return work
+
+    def _take_largest(self, values: Tensor, weight: float) -> bytes | None:
+        """What is sent, taken out of the values. None, and nothing taken: one is not finite."""
+        packed = np.empty(_core.topk_bytes(values.numel(), self.keep), dtype=np.uint8)
+        if not _core.topk_encode(values.numpy(), self.keep, packed):
+            return None
+        _core.topk_add(packed, self.keep, -1.0, values.numpy())
+        return HEAD.pack(weight) + packed.tobytes()
+
+    def sound(self, result: Result, elements: int) -> Result:
+        nothing = np.zeros(elements, dtype=np.float32)  # stays so: what is valid is added 0 times
+
+        def valid(data: bytes) -> bool:
+            if len(data) < HEAD.size:
+                return False
+            (weight,) = HEAD.unpack_from(data)
+            return (
+                math.isfinite(weight)
+                and weight > 0
+                and _core.topk_add(_packed(data), self.keep, 0.0, nothing)
+            )
+
+        return result.without([slot for slot, data in result.parts.items() if not valid(data)])
 
     def mean(self, result: Result, elements: int) -> Tensor | None:
         if not result.parts:  # the broadcast of the first parameters, or nobody contributed
             return torch.as_tensor(result.tensor).view(-1) if result.tensors else None
-        given: list[tuple[float, Any]] = []
-        size = _core.topk_bytes(elements, self.keep)
-        for _, data in sorted(result.parts.items()):
-            if len(data) != HEAD.size + size:
-                continue
-            (weight,) = HEAD.unpack_from(data)
-            packed = np.frombuffer(data, dtype=np.uint8, offset=HEAD.size)
-            scratch = np.zeros(elements, dtype=np.float32)
-            if (
-                math.isfinite(weight)
-                and weight > 0
-                and _core.topk_add(packed, self.keep, 1.0, scratch)
-            ):
-                given.append((weight, packed))
-        if not given:
-            return None
+        given = [(*HEAD.unpack_from(data), data) for _, data in sorted(result.parts.items())]
         total, out = sum(weight for weight, _ in given), np.zeros(elements, dtype=np.float32)
-        for weight, packed in given:
-            _core.topk_add(packed, self.keep, weight / total, out)
+        for weight, data in given:
+            _core.topk_add(_packed(data), self.keep, weight / total, out)
         return torch.from_numpy(out)
+
+
+def _packed(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8, offset=HEAD.size)

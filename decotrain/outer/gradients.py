@@ -295,16 +295,11 @@ class GradientAveraging:
         shared = {f"{b.tag}.{key}": t.clone() for b in self.buckets for key, t in b.state.items()}
         return {
             "shared": shared,
-            "private": self._private(),
+            "private": saved.residuals_of(self),
             "facts": {
                 "versions": [self.comm.version(b.tag) for b in self.buckets],
                 "tokens": self.tokens,
             },
-        }
-
-    def _private(self) -> dict[str, Tensor]:
-        return {f"{tag}.residual": tensor for tag, tensor in self.residuals.items()} | {
-            f"{tag}.owner_residual": tensor for tag, tensor in self.owner_residuals.items()
         }
 
     @torch.no_grad()
@@ -313,7 +308,7 @@ class GradientAveraging:
         for bucket in self.buckets:
             saved.put(state["shared"], {f"{bucket.tag}.{k}": t for k, t in bucket.state.items()})
         if "private" in state:
-            saved.put(state["private"], self._private())
+            saved.load_residuals(self, state["private"])
             self.tokens = float(state["facts"]["tokens"])
         return versions
 

@@ -236,7 +236,7 @@ class OuterOptimizer:
             result = self.codec.begin(self.comm, tag, given).wait()
             if result.outcome == "lost":
                 return Landed(lost=True)
-            self._take(fragment, result)
+            result = self._take(fragment, result)
             return Landed(
                 contributors=tuple(result.contributors),
                 version=self.comm.version(tag),
@@ -329,16 +329,20 @@ class OuterOptimizer:
     def _applier(self, fragment: Fragment) -> Any:
         def apply(result: Result) -> None:
             fragment.pull()  # what came before it may have been fetched
-            self._take(fragment, result)
+            result = self._take(fragment, result)
             self.last_contributors = tuple(result.contributors)
 
         return apply
 
-    def _take(self, fragment: Fragment, result: Result) -> None:
-        """One round's effect on the shared state: the same on every peer, whoever it is."""
+    def _take(self, fragment: Fragment, result: Result) -> Result:
+        """One round's effect on the shared state: the same on every peer, whoever it is. The round
+        as it counts."""
+        result = self.codec.sound(result, fragment.elements)
         with self.comm.updating(fragment.tag):
             self._move(fragment, result, {"theta": fragment.theta, **fragment.buffers})
             fragment.push()
+        result.name_refused(self.comm)
+        return result
 
     @torch.no_grad()
     def _move(self, fragment: Fragment, result: Result, state: dict[str, Tensor]) -> None:
@@ -356,7 +360,11 @@ class OuterOptimizer:
 
     def _effect_on(self, fragment: Fragment) -> Callable[[Result], None]:
         """For a newcomer that follows rounds while it fetches the state."""
-        return lambda result: self._move(fragment, result, fragment.served)
+
+        def effect(result: Result) -> None:
+            self._move(fragment, self.codec.sound(result, fragment.elements), fragment.served)
+
+        return effect
 
     # --- the end, and what others may ask
 

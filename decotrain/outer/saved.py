@@ -2,11 +2,13 @@
 
 *Shared* facts and tensors (outer parameters, buffers, versions, the global step) are the run's, and
 any peer's do. *Private* ones (local parameters, residuals, rounds under way) are one peer's own: a
-peer that resumes from another's state leaves them out and starts from the outer parameters.
+peer that resumes from another's state leaves them out and starts from the outer parameters. Error
+feedback may be switched on and off by a resume: residuals are its sender's business alone.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,15 @@ from decotrain.outer.flight import Flight, Landed
 from decotrain.outer.fragment import Fragment
 
 if TYPE_CHECKING:
+    from decotrain.outer.gradients import GradientAveraging
     from decotrain.outer.optimizer import OuterOptimizer
+
+KINDS = {  # of what is kept -> by whom, of what
+    "residual": ("error feedback", "contributions"),
+    "owner_residual": ("owner feedback", "results"),
+}
+
+logger = logging.getLogger("decotrain.peer")
 
 
 def save(outer: OuterOptimizer) -> dict[str, Any]:
@@ -30,6 +40,7 @@ def save(outer: OuterOptimizer) -> dict[str, Any]:
         shared |= {f"{f.tag}.{key}": tensor for key, tensor in f.state.items()}
         private[f"{f.tag}.local"] = f.read_local(torch.empty_like(f.theta))
         private |= {f"{f.tag}.{key}": tensor for key, tensor in _own(outer, f).items()}
+    private |= residuals_of(outer)
     flights = {}
     for tag, flight in outer._flights.items():
         landed = flight.done.result()
@@ -61,14 +72,35 @@ def save(outer: OuterOptimizer) -> dict[str, Any]:
 
 def _own(outer: OuterOptimizer, fragment: Fragment) -> dict[str, Tensor]:
     """What is private and lies where it will be used again."""
-    places = {"base": fragment.base}
-    if fragment.tag in outer.residuals:
-        places["residual"] = outer.residuals[fragment.tag]
-    if fragment.tag in outer.owner_residuals:
-        places["owner_residual"] = outer.owner_residuals[fragment.tag]
-    return places | {
-        f"merge.{key}": tensor for key, tensor in outer.merge.private(fragment).items()
-    }
+    merged = {f"merge.{key}": tensor for key, tensor in outer.merge.private(fragment).items()}
+    return {"base": fragment.base, **merged}
+
+
+def residuals_of(outer: OuterOptimizer | GradientAveraging) -> dict[str, Tensor]:
+    """What error feedback keeps, by the names it is saved under."""
+    kept = zip(KINDS, (outer.residuals, outer.owner_residuals), strict=True)
+    return {f"{tag}.{kind}": tensor for kind, tags in kept for tag, tensor in tags.items()}
+
+
+def load_residuals(outer: OuterOptimizer | GradientAveraging, private: dict[str, Tensor]) -> None:
+    """Feedback that was off has lost nothing so far: zeros. Of one that is off now, what it kept is
+    in no later round, and people are told."""
+    places = residuals_of(outer)
+    for key in places.keys() - private.keys():
+        places.pop(key).zero_()
+    put(private, places)
+    for kind, (feedback, whose) in KINDS.items():
+        dropped = [
+            tensor
+            for key, tensor in private.items()
+            if key.partition(".")[2] == kind and key not in places
+        ]
+        if dropped:
+            logger.warning(
+                "%s is off here and was on in the saved state: what %s of %d values have lost is"
+                " dropped, and comes with no later round",
+                feedback, whose, sum(one.numel() for one in dropped),
+            )  # fmt: skip
 
 
 def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
@@ -97,21 +129,23 @@ def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
         f.digest = bytes.fromhex(facts["digests"][f.tag])
         f.tokens = float(facts["tokens"][f.tag])
         if (flight := facts["flights"].get(str(f.tag))) is not None:
-            peer, device = outer.comm.peer, f.theta.device
-            outer._flights[f.tag] = _flight(f.tag, flight, private, peer, device)
+            outer._flights[f.tag] = _flight(outer, f, flight, private)
+    if private is not None:
+        load_residuals(outer, private)
     return versions
 
 
 def _flight(
-    tag: int, facts: dict[str, Any], private: dict[str, Tensor], peer: int, device: torch.device
+    outer: OuterOptimizer, fragment: Fragment, facts: dict[str, Any], private: dict[str, Tensor]
 ) -> Flight:
     """A round that was under way has landed since; only its result is still to be used."""
+    tag, peer = fragment.tag, outer.comm.peer
     others = range(1, int(facts["contributors"]) + (0 if facts["counted"] else 1))
     return Flight(
         due=int(facts["due"]),
         tokens=float(facts["tokens"]),
-        delta=private[f"{tag}.sent"].to(device, copy=True),
-        residual=private.get(f"{tag}.residual_before"),
+        delta=private[f"{tag}.sent"].to(fragment.theta.device, copy=True),
+        residual=private.get(f"{tag}.residual_before") if tag in outer.residuals else None,
         done=ready(
             Landed(
                 lost=bool(facts["lost"]),

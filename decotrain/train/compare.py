@@ -18,6 +18,7 @@ from typing import Any
 
 from decotrain.errors import ConfigError, FileError
 from decotrain.train.metrics import Event, Tail
+from decotrain.train.settings import OWN_CODEC
 from decotrain.units import size
 
 ENDS = ("summary", "interrupted")  # what a launcher notes last
@@ -175,7 +176,7 @@ def read(folder: Path) -> Run:
 def read_all(places: Sequence[Path]) -> list[Run]:
     """All runs, each with a label that says what is special about it."""
     runs = [read(folder) for folder in find(places)]
-    for run, label in zip(runs, labels([_flat(run.config) for run in runs]), strict=True):
+    for run, label in zip(runs, labels([_used(run.config) for run in runs]), strict=True):
         run.label = label
     told = [run.label for run in runs]
     for run in runs:
@@ -194,9 +195,20 @@ def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         if apart > groups:
             chosen, groups = [*chosen, key], apart
     return [
-        " ".join(str(c.get(k)) if k in SPEAKING else f"{k}={c.get(k)}" for k in chosen)
+        " ".join(
+            str(c.get(k)) if k in SPEAKING else f"{k}={c.get(k)}"
+            for k in chosen
+            if k in c or k not in SPEAKING
+        )
         for c in configs
     ]
+
+
+def _used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By key, without the codec where the preset took none: it would tell equal runs apart."""
+    flat = _flat(config)
+    own = flat.get("outer.preset") in OWN_CODEC
+    return {key: value for key, value in flat.items() if not (own and key.startswith("codec."))}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ Trains nothing and starts no process by itself; torch is imported when the run h
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from decotrain.data import Corpus, open_corpus, unigram_entropy
 from decotrain.train.asked import as_the_run_says
 from decotrain.train.launcher import Launcher, write_config
-from decotrain.train.settings import SHARED, Settings, parse, to_mapping
+from decotrain.train.settings import OWN_CODEC, SHARED, Settings, parse, to_mapping
 from decotrain.train.table import Board, PeerRow
 
 ALONE = "alone"
@@ -27,8 +28,8 @@ class TrainJob:
     saved_as = "checkpoints"  # in a run's folder: what makes it one that can be resumed
     leftovers = (saved_as, "baseline")
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, named: Sequence[str] = ()) -> None:
+        self.settings, self.named = settings, named  # named: overrides of the command line
         self.name, self.peers, self.listen = settings.name, settings.peers, settings.listen
         self.restarts, self.resume = settings.restarts, settings.resume == "auto"
         self.join = settings.join or ""
@@ -36,7 +37,7 @@ class TrainJob:
     @classmethod
     def of(cls, config: Mapping[str, Any], named: Sequence[str] = ()) -> TrainJob:
         """ConfigError names the first key that is wrong."""
-        return cls(parse(as_the_run_says(config, named, SHARED, cls.command)))
+        return cls(parse(as_the_run_says(config, named, SHARED, cls.command)), named)
 
     def prepare(self) -> None:
         self.corpus: Corpus = open_corpus(self.settings.data.path, self.settings.model.context)
@@ -50,6 +51,10 @@ class TrainJob:
         board = Board(settings.name, settings.steps, settings.rounds, unigram_nats, rows)
         megabytes = (len(corpus.train) + len(corpus.held_out)) / 1e6
         board.note(f"text: {corpus.files} files, {megabytes:.1f} MB from {corpus.source}")
+        preset = settings.outer.preset
+        for word in self.named:  # no error: a sweep over presets and codecs comes to such pairs
+            if preset in OWN_CODEC and re.match(r"\+*codec[.=@]", word):
+                board.note(f"{word} is not used: outer={preset} has a codec of its own")
         return board
 
     def saved(self, folder: Path, board: Board) -> list[str]:

@@ -161,6 +161,8 @@ CHOICES = {
         "muloco", "ddp",
     ),
 }  # fmt: skip
+# Presets that take no codec: theirs is a part of what they are.
+OWN_CODEC = ("sparseloco",)
 
 
 def parse(config: Mapping[str, Any]) -> Settings:
