@@ -6,7 +6,8 @@ over a few calls. Bus bandwidth is 2 (n-1)/n x bytes / time, the convention of n
 the time of all threads of a process, for each GB of its buffer.
 
 Options (`--set`): peers=2,4,8, sizes=16384,262144 (KiB), full=1, gloo=0 (without torch),
-streams=1, codec=f32 (or a pair, e2m1+int8). It does not measure churn (bench.recovery) or real networks (bench.wan).
+streams=1, codec=f32 (or a pair, e2m1+int8). It does not measure churn (bench.recovery) or real
+networks (bench.wan).
 """
 
 from __future__ import annotations

@@ -406,8 +406,9 @@ View Node::view() {
 }
 
 Node::Measures Node::measures() {
-  return call<Measures>(
-      [this](double) { return Measures{mesh_->uplink_bps(), engine_.held_up_s()}; });
+  return call<Measures>([this](double) {
+    return Measures{mesh_->uplink_bps(), engine_.held_up_s(), mesh_->traffic()};
+  });
 }
 
 std::vector<net::LinkStats> Node::links() {

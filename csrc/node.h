@@ -151,6 +151,7 @@ class Node {
   struct Measures {
     double uplink_bps = 0.0;  // 0: not measured yet
     std::map<PeerId, double> held_up_s;
+    net::Mesh::Traffic traffic;
   };
   Measures measures();
 

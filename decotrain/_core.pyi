@@ -332,7 +332,7 @@ class Node:
 
     def measures(self) -> dict[str, Any]:
         """
-        uplink_bps (0: not measured), and for whose contributions alone we waited how long.
+        uplink_bps (0: not measured), for whose contributions alone we waited how long, and bytes over all links there ever were.
         """
 
     def close(self) -> None: ...

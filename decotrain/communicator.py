@@ -63,7 +63,6 @@ class Communicator:
         self._ready = False
         self._left = False
         self._counters = {"rounds": 0, "lost_rounds": 0}
-        self._traffic: dict[int, list[int]] = {}  # peer -> bytes out, in; of all ever seen
         self._shared = SharedState(self)
         self._agent = Agent(
             asked.address,
@@ -373,11 +372,7 @@ class Communicator:
             links = self._agent.shared.node.links()
         except RuntimeError:
             links = []
-        for link in links:  # a link's counters go when its peer leaves the view
-            seen = self._traffic.setdefault(link["peer"], [0, 0])
-            seen[:] = max(seen[0], link["sent_bytes"]), max(seen[1], link["received_bytes"])
-        figures["bytes_out"] = sum(sent for sent, _ in self._traffic.values())
-        figures["bytes_in"] = sum(received for _, received in self._traffic.values())
+        figures["bytes_out"], figures["bytes_in"] = self._agent.traffic()
         figures["links_up"] = sum(bool(link["up"]) for link in links)
         figures["epoch"] = self._agent.shared.view & 0xFFFFFFFF
         return figures
@@ -475,6 +470,7 @@ def join(
     late_s: float | None = None,  # later than the others by so much: observing until it is
     #                               current again; None: 4 grace_s, at least 2; 0: never
     insecure: bool = False,  # without a token, on a network where everybody is trusted
+    slot: int | None = None,  # asked for, as the one we had before a resume; taken: another one
 ) -> Communicator:
     """Join a run; returns when the coordinator has welcomed this peer and `config` is known.
 
@@ -483,7 +479,9 @@ def join(
     build models in between.
     """
     say_last_words()
-    asked = ask(address, name, run, token_file, config, min_peers, listen, advertise, insecure)
+    asked = ask(
+        address, name, run, token_file, config, min_peers, listen, advertise, insecure, slot
+    )
     comm = Communicator(asked, {**patience(grace_s, quorum, late_s), **asked.tls()})
     try:
         wait_for_welcome(comm, asked.address, timeout_s)

@@ -72,7 +72,12 @@ void Mesh::set_peers(const std::vector<PeerInfo>& peers, Clock at) {
       close(*s, "not in the view", at);
     }
   }
-  std::erase_if(links_, [&](const auto& entry) { return !named.contains(entry.first); });
+  std::erase_if(links_, [&](const auto& entry) {
+    if (named.contains(entry.first)) return false;
+    gone_.sent_bytes += entry.second.sent_bytes;
+    gone_.received_bytes += entry.second.received_bytes;
+    return true;
+  });
   for (auto& [peer, link] : links_) {
     if (link.via != 0 && !named.contains(link.via)) link.via = 0;
   }
@@ -355,6 +360,15 @@ void Mesh::judge_rate(Link& link, Clock at) {
     link.no_growth_until = at + kGrowthPause_s;
     link.rate_before = 0.8 * link.rate_bps;
   }
+}
+
+Mesh::Traffic Mesh::traffic() const {
+  Traffic sum = gone_;
+  for (const LinkStats& link : stats()) {
+    sum.sent_bytes += link.sent_bytes;
+    sum.received_bytes += link.received_bytes;
+  }
+  return sum;
 }
 
 std::vector<LinkStats> Mesh::stats() const {

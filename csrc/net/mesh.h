@@ -122,6 +122,11 @@ class Mesh {
 
   std::vector<MeshEvent> take_events();
   std::vector<LinkStats> stats() const;
+  // Bytes of payloads and headers over all links there ever were.
+  struct Traffic {
+    std::uint64_t sent_bytes = 0, received_bytes = 0;
+  };
+  Traffic traffic() const;
   // What we sent over TCP while there was more to send; 0: not measured yet.
   double uplink_bps() const { return uplink_bps_; }
   // Memory whose bytes go to peers of this host without a copy. Null: there is none to be had, or
@@ -277,6 +282,7 @@ class Mesh {
   std::vector<std::uint64_t> dead_;
   std::deque<std::uint64_t> strangers_;  // oldest first
   std::map<PeerId, Link> links_;
+  Traffic gone_;  // of links that are no more
   std::uint8_t own_slot_ = kNoSlot;
   bool can_be_dialled_ = false;
   std::array<PeerId, kMaxPeers> slots_{};

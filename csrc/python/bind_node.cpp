@@ -467,9 +467,13 @@ void bind_node(nb::module_& m) {
             Map out;
             out["uplink_bps"] = seen.uplink_bps;
             out["held_up_s"] = held_up;
+            out["sent_bytes"] = seen.traffic.sent_bytes;
+            out["received_bytes"] = seen.traffic.received_bytes;
             return out;
           },
-          "uplink_bps (0: not measured), and for whose contributions alone we waited how long.")
+          "uplink_bps (0: not measured), for whose contributions alone we waited how long, and "
+          "bytes "
+          "over all links there ever were.")
       .def("close", &Node::close, Guard());
   bind_encoded(m, type, held);
   bind_state(type);

@@ -78,6 +78,7 @@ class Shared:
     over_kind: str = ""  # refused, evicted, left, memory, broken
     open: set[tuple[int, int]] = field(default_factory=set)  # rounds others began and we did not
     routes: dict[int, int] = field(default_factory=dict)
+    traffic: list[int] = field(default_factory=lambda: [0, 0])  # out, in; of nodes now closed
 
 
 class Agent:
@@ -162,6 +163,24 @@ class Agent:
         self.socket = connect_dealer(self.context, self.address, self.route, self.token)
         self.handshakes = Handshakes(self.socket, self.address, self.token)
 
+    def _close(self, node: DataPlane) -> None:
+        """Its rounds end, its traffic is remembered."""
+        with suppress(RuntimeError):  # it has ended by itself
+            moved = node.measures()
+            with self.shared.changed:
+                self.shared.traffic[0] += moved["sent_bytes"]
+                self.shared.traffic[1] += moved["received_bytes"]
+        node.close()
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes out and in over all links there ever were."""
+        with self.shared.changed:
+            node, (sent, received) = self.shared.node, self.shared.traffic
+        with suppress(RuntimeError):  # closed: counted above
+            moved = node.measures()
+            return sent + moved["sent_bytes"], received + moved["received_bytes"]
+        return sent, received
+
     def _disconnect(self) -> None:
         self.handshakes.close()
         self.socket.close()
@@ -174,7 +193,7 @@ class Agent:
             logger.exception("the control thread ended")
             self._end("broken", f"the control thread ended: {error!r}")
         finally:
-            self.node.close()
+            self._close(self.node)
             self._disconnect()
             self.context.term()
             with self.wake_lock:
@@ -363,7 +382,7 @@ class Agent:
         self._disconnect()
         with self.shared.changed:
             self.shared.incarnation += 1  # before works fail: whoever waits sees why
-        old.close()
+        self._close(old)
         self._incarnate(replace(self.member.me, peer=new_peer_id(), void=True))
 
     def _end(self, kind: str, reason: str) -> None:

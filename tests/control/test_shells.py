@@ -55,7 +55,7 @@ class FakeNode:
         return []
 
     def measures(self) -> dict[str, Any]:
-        return {"uplink_bps": 0.0, "held_up_s": {}}
+        return {"uplink_bps": 0.0, "held_up_s": {}, "sent_bytes": 0, "received_bytes": 0}
 
     def events(self) -> list[dict[str, Any]]:
         return []
