@@ -16,6 +16,7 @@ from typing import Any
 
 from decotrain import __version__, operate
 from decotrain.errors import ConfigError, Error, RefusedError, UnreachableError
+from decotrain.shipped import configs
 
 HELP = """\
 decotrain: train one model on machines that share nothing but the internet
@@ -75,15 +76,6 @@ Keys (hydra syntax):
 FLAGS = {"-m": 0, "--multirun": 0, "--resolve": 0, "--cfg": 1, "-c": 1, "--config-dir": 1, "-cd": 1}
 JOBS = {"train": TRAIN_HELP, "finetune": FINETUNE_HELP}
 MESSAGE_MAX = 400
-
-
-def configs() -> Path:
-    """configs/: in the package when installed, at the top of a source tree otherwise."""
-    here = Path(__file__).resolve().parent
-    for place in (here / "configs", here.parent / "configs"):
-        if (place / "train.yaml").is_file():
-            return place
-    raise ConfigError(f"configs/ is missing beside {here}; install decotrain again")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from decotrain import shipped
 from decotrain.errors import ConfigError
 from decotrain.units import parse_bits_per_s, parse_count, parse_seconds, rate, size
 
@@ -46,6 +48,19 @@ class Choice:
     fragments: int = 1
     hidden: float = 0.0  # steps of computing that a round has before it is waited for
     to_the_end: bool = False  # what it sends last is ready only when nothing is left to hide behind
+    layers: int | None = None  # in a fragment, where the layers of the model are known
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of `outer.`: those that the form rests on."""
+        if self.preset == "ddp":  # in every step; its sync_every is about the log
+            return {}
+        found: dict[str, Any] = {"sync_every": int(self.sync_every)}
+        if self.preset == "streaming":
+            found["overlap"] = int(self.hidden)
+            if self.layers is not None:
+                found["layers"] = self.layers
+        return found
 
 
 @dataclass(frozen=True)
@@ -161,12 +176,14 @@ Predicts which part of the time a peer computes, for each outer optimizer; says 
   rtt=80ms             round trip between two peers
   step_time=0.8s       one inner step of one peer
   sync_every=100       inner steps between two rounds of the same parameters
-  fragments=8          of streaming
+  fragments=8          of streaming: the embeddings, and the layers in 7 parts
+  layers=24            of the model: how many are in a fragment then, and how many fragments that is
   overlap=5            inner steps that a round of streaming has before it is waited for
   codec=NAME           instead of each preset's own: int8, e2m1+int8, bf16, ... (not for top-k)
 """
 NEEDED = ("params", "peers", "bandwidth", "rtt", "step_time")
-OPTIONAL = {"sync_every": 100, "fragments": 8, "overlap": 5}
+SYNC_EVERY, FRAGMENTS, OVERLAP = 100, 8, 5  # where nobody says otherwise, and they fit
+OPTIONAL = ("sync_every", "fragments", "overlap", "layers", "codec")
 
 
 def main(words: Sequence[str]) -> int:
@@ -182,20 +199,19 @@ def main(words: Sequence[str]) -> int:
         rtt_s=parse_seconds("rtt", asked["rtt"], zero=True),
         step_s=parse_seconds("step_time", asked["step_time"]),
     )
-    numbers = {key: _whole(key, asked.get(key, str(usual)), 0 if key == "overlap" else 1, 10**6)
-               for key, usual in OPTIONAL.items()}  # fmt: skip
-    apart = numbers["sync_every"] / numbers["fragments"]
-    if numbers["overlap"] >= apart:
-        raise ConfigError(
-            f"overlap={numbers['overlap']} steps do not fit between two fragments, which are"
-            f" sync_every / fragments = {apart:g} steps apart"
-        )
-    known = choices(**numbers)
+    print("\n".join(describe([cost(choice, links) for choice in planned(asked)], links)))
+    return 0
+
+
+def planned(asked: Mapping[str, str]) -> list[Choice]:
+    """What there is to choose from, for what was asked."""
+    known = choices(*_periods(asked))
+    if "layers" in asked:
+        known = [_by_layers(c, _whole("layers", asked["layers"], 1, 1000)) for c in known]
     if "codec" in asked:
         _check_codec(asked["codec"])
         known = [c if c.codec == "topk" else replace(c, codec=asked["codec"]) for c in known]
-    print("\n".join(describe([cost(choice, links) for choice in known], links)))
-    return 0
+    return known
 
 
 def describe(costs: Sequence[Cost], links: Links) -> list[str]:
@@ -204,7 +220,7 @@ def describe(costs: Sequence[Cost], links: Links) -> list[str]:
              f"{'a round':>11}{'95 % needs':>15}"]  # fmt: skip
     for one in costs:
         choice = one.choice
-        every = f"{choice.sync_every / choice.fragments:g} steps"
+        every = f"{round(choice.sync_every / choice.fragments, 2):g} steps"
         sent = one.bytes_per_step * choice.sync_every
         needs = rate(one.needed_bps) if one.needed_bps < float("inf") else "a shorter rtt"
         lines.append(
@@ -215,12 +231,63 @@ def describe(costs: Sequence[Cost], links: Links) -> list[str]:
     why = "learns best of those that compute at least 95 % of the time"
     if chosen.utilisation < GOAL:
         why = "none computes 95 % of the time, it is the nearest; a larger sync_every helps"
-    codec = f" codec={chosen.choice.codec}" if chosen.choice.codec != "topk" else ""
-    return [*lines, f"choose outer={chosen.choice.preset}{codec}: {why}"]
+    return [*lines, f"choose {advice(chosen.choice)}: {why}{_parts(chosen.choice)}"]
+
+
+def advice(choice: Choice) -> str:
+    """The words for `decotrain train` that start what the form was asked about: those options that
+    the preset does not ship so are among them."""
+    words = [f"outer={choice.preset}"]
+    if choice.codec != "topk":
+        words.append(f"codec={choice.codec}")
+    ships = shipped.outer_options(choice.preset)
+    words += [f"outer.{key}={v}" for key, v in choice.options.items() if ships.get(key) != v]
+    return " ".join(words)
+
+
+def _parts(choice: Choice) -> str:
+    """What a number of fragments means: the preset has an option for layers in one only."""
+    if choice.preset != "streaming":
+        return ""
+    parts = choice.fragments - 1
+    text = f"; its {choice.fragments} fragments are the embeddings and {parts} parts of the layers"
+    if choice.layers is not None:
+        return f"{text}, {choice.layers} in each"
+    return f"{text}: for N layers outer.layers=N/{parts} rounded up (layers=N says it)"
+
+
+def _periods(asked: Mapping[str, str]) -> tuple[int, int, int]:
+    """sync_every, fragments, overlap. What nobody gave is made as small as the others need it: a
+    round of streaming is over when the next fragment's begins."""
+    given = {
+        key: _whole(key, asked[key], least, 10**6)
+        for key, least in (("sync_every", 1), ("fragments", 2), ("overlap", 0))
+        if key in asked
+    }
+    every = given.get("sync_every", SYNC_EVERY)
+    room = max(every - 1, 0)  # overlap x fragments at most
+    most = room // max(given.get("overlap", 1), 1)
+    fragments = given.get("fragments", max(2, min(FRAGMENTS, most)))
+    overlap = given.get("overlap", min(OVERLAP, room // fragments))
+    if overlap * fragments > room:
+        raise ConfigError(
+            f"overlap={overlap} steps do not fit between two fragments, which are sync_every /"
+            f" fragments = {every} / {fragments} = {every / fragments:g} steps apart; from"
+            f" sync_every={overlap * fragments + 1} on they do"
+        )
+    return every, fragments, overlap
+
+
+def _by_layers(choice: Choice, layers: int) -> Choice:
+    """Streaming with whole layers in its fragments: at most as many of these as before."""
+    if choice.preset != "streaming":
+        return choice
+    each = -(-layers // (choice.fragments - 1))
+    return replace(choice, layers=each, fragments=1 + -(-layers // each))
 
 
 def _pairs(words: Sequence[str]) -> Mapping[str, str]:
-    known = [*NEEDED, *OPTIONAL, "codec"]
+    known = [*NEEDED, *OPTIONAL]
     asked: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from decotrain import plan, units
+from decotrain import plan, shipped, units
 from decotrain.errors import ConfigError
+from decotrain.outer import Staggered
+from decotrain.train.settings import parse
 
 # --- units
 
@@ -206,12 +211,80 @@ ASKED = ["params=1e9", "peers=8", "bandwidth=1Gbit/s", "rtt=80ms", "step_time=0.
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(ASKED) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("choose outer=streaming codec=e2m1+int8")
+    assert lines[-1].startswith(
+        "choose outer=streaming codec=e2m1+int8 outer.sync_every=100 outer.overlap=5: "
+    )
+    assert "for N layers outer.layers=N/7 rounded up" in lines[-1]
     assert {line.split()[0] for line in lines[1:-1]} == {c.preset for c in plan.choices()}
     assert plan.main([*ASKED, "codec=int8", "sync_every=200"]) == 0
     assert "e2m1" not in capsys.readouterr().out
     assert plan.main(["--help"]) == 0
     assert "bandwidth=1Gbit/s" in capsys.readouterr().out
+
+
+def started(words: list[str], layers: int) -> tuple[str, int, int, int]:
+    """preset, sync_every, overlap and fragments of what `decotrain train` makes of these words."""
+    with initialize_config_dir(str(shipped.configs()), version_base="1.3"):
+        config = compose("train", ["name=x", f"model.layers={layers}", "steps=72000", *words])
+    whole = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(whole, dict)
+    outer = parse({str(key): value for key, value in whole.items()}).outer
+    overlap = outer.overlap or 0
+    if outer.preset != "streaming":
+        return outer.preset, outer.sync_every, overlap, 1
+    assert outer.layers
+    names = ["embedding", *(f"blocks.{layer}.w" for layer in range(layers))]
+    parts = Staggered(outer.sync_every, outer.layers, "strided", overlap).fragments(names)
+    return outer.preset, outer.sync_every, overlap, len(parts)
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"),
+    [(24, []), (100, []), (6, ["sync_every=30"]), (24, ["sync_every=3"]), (1, ["overlap=20"]),
+     (24, ["fragments=40"])],
+)  # fmt: skip
+def test_what_is_advised_starts_what_was_planned(layers: int, more: list[str]) -> None:
+    """By the same code that reads the words for a run."""
+    every_preset = plan.planned(plan._pairs([*ASKED, f"layers={layers}", *more]))
+    for choice in every_preset if layers == 100 else every_preset[2:3]:
+        preset, every, overlap, fragments = started(plan.advice(choice).split(), layers)
+        assert preset == choice.preset
+        assert every == choice.sync_every or preset == "ddp"
+        if preset == "streaming":
+            assert (overlap, fragments) == (choice.hidden, choice.fragments)
+
+
+def test_what_the_preset_ships_is_not_repeated() -> None:
+    ships = shipped.outer_options("streaming")
+    words = [f"{key}={ships[key]}" for key in ("sync_every", "overlap")]
+    (choice,) = [
+        c for c in plan.planned(plan._pairs([*ASKED, *words, "layers=7"]))
+        if c.preset == "streaming"
+    ]  # fmt: skip
+    assert choice.layers == ships["layers"]
+    assert plan.advice(choice) == "outer=streaming codec=e2m1+int8"
+    other = replace(choice, sync_every=60, hidden=2, layers=3)
+    assert plan.advice(other).split()[2:] == [
+        "outer.sync_every=60", "outer.overlap=2", "outer.layers=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ([], (100, 8, 5)),
+        (["sync_every=30"], (30, 8, 3)),
+        (["sync_every=3"], (3, 2, 1)),
+        (["sync_every=1"], (1, 2, 0)),
+        (["overlap=20"], (100, 4, 20)),
+        (["overlap=0"], (100, 8, 0)),
+        (["fragments=40"], (100, 40, 2)),
+        (["fragments=400"], (100, 400, 0)),
+        (["sync_every=30", "overlap=1"], (30, 8, 1)),
+    ],
+)
+def test_what_nobody_gave_fits_what_was_given(words: list[str], fits: tuple[int, ...]) -> None:
+    assert plan._periods(plan._pairs([*ASKED, *words])) == fits
 
 
 @pytest.mark.parametrize(
@@ -221,8 +294,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         ([*ASKED, "rtt=1ms"], "twice"),
         ([*ASKED[:-1], "step_time=1"], "step_time=1: a time needs its unit"),
         ([*ASKED, "speed=1"], "unknown key speed"),
-        ([*ASKED, "overlap=20"], "overlap=20 steps do not fit"),
-        ([*ASKED, "fragments=0"], "fragments=0: a whole number from 1"),
+        ([*ASKED, "overlap=20", "fragments=5"], "overlap=20 steps do not fit"),
+        ([*ASKED, "overlap=50"], "from sync_every=101 on they do"),
+        ([*ASKED, "fragments=1"], "fragments=1: a whole number from 2"),
+        ([*ASKED, "layers=0"], "layers=0: a whole number from 1 to 1000"),
         ([*ASKED, "codec=int9"], "codec=int9"),
         ([*ASKED, "codec=int8+"], "codec=int8+"),
         (["params", "1e9"], "write key=value"),

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from decotrain.cli import configs
 from decotrain.errors import ConfigError
 from decotrain.outer.presets import PRESETS, options_of
+from decotrain.shipped import configs
 from decotrain.train.job import TrainJob
 from decotrain.train.settings import OWN_CODEC, parse, to_mapping
 
