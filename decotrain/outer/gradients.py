@@ -31,6 +31,7 @@ from decotrain.errors import ConfigError
 from decotrain.outer import saved
 from decotrain.outer.allotment import Allotment
 from decotrain.outer.codec import CodecChoice, Contribution
+from decotrain.outer.moments import make_state
 from decotrain.outer.optimizer import check_optimizers
 from decotrain.rounds import Work
 
@@ -86,7 +87,7 @@ class GradientAveraging:
         self.optimizers = check_optimizers(optimizer, trained)
         self.buckets = _buckets(trained, bucket_elements)
         for one in self.optimizers:
-            _make_state(one)
+            make_state(one)
         self._collect_state()
         self.allotment = Allotment(epoch_portions, carry=False)
         self.buckets[0].state["allotted"] = self.allotment.tensor
@@ -321,23 +322,3 @@ def _buckets(trained: dict[str, nn.Parameter], elements: int) -> list[Bucket]:
             groups.append({})
         groups[-1][name] = parameter
     return [Bucket(tag, group) for tag, group in enumerate(groups)]
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer makes its moments in its first step; peers need them before. They start at zero
-    in all of torch's, so a step of length zero makes them."""
-    if optimizer.state:
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for values in optimizer.state.values():
-        for value in values.values():
-            if isinstance(value, Tensor):
-                value.zero_()
