@@ -147,7 +147,7 @@ class Counting:
         peers = len(self._comm.members)
         each = _core.codec_bytes(codec, values.numel())
         back = _core.codec_bytes(options.get("result_codec") or codec, values.numel())
-        self.moved[self.step] += max(each, back) * 2 * (peers - 1) / peers
+        self.moved[self.step] += (each + back) * (peers - 1) / peers
         return self._comm.all_reduce(values, weight=weight, **options)
 
     def collect(self, data: bytes | None, **options: Any) -> Any:
@@ -216,6 +216,7 @@ class Case:
             raise self.errors[0]
         assert len(self.figures) == self.peers, f"{self.name}: a peer hangs"
         each = list(self.figures.values())
+        assert all(one["sent_bytes"] > 0 for one in each), f"{self.name}: who sent nothing?"
         return {
             "held_out_nats": self.figures[0]["held_out_nats"],
             "sent_megabytes": sum(one["sent_bytes"] for one in each) / 1e6,
@@ -335,7 +336,8 @@ def run(settings: Settings) -> Report:
         f" {case.variant.lr:g}, seeds from {settings.seed}."
     )
     report.note(
-        "peak_step_kilobytes is the most that one peer moves each way in any one inner step: in any"
+        "peak_step_kilobytes is the most that one peer moves each way in any one inner step, by the"
+        " lengths of what it encodes: in any"
         " one second, when a step takes one. The part of the time that peers compute is in the JSON"
         " only: here they are threads that wait for each other's turn on the processor, and it says"
         " more of that than of the links. `python -m bench wan-utilisation` measures it on links."
