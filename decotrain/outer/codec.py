@@ -36,6 +36,7 @@ class Contribution:
     residual: Tensor | None = None  # of error feedback
     state_digest: int = 0  # of the state that the values were computed from
     owner_residual: Tensor | None = None  # of the results that we own
+    before: Tensor | None = None  # a copy of `residual`, when the caller keeps one
 
 
 class Codec(Protocol):
@@ -110,7 +111,7 @@ class CodecChoice:
         before = given.residual
         if before is None or self.decay == 1.0 or given.weight == 0:
             return self._begin(comm, tag, given)
-        kept, begun = before.clone(), False
+        kept, begun = before.clone() if given.before is None else given.before, False
         before.mul_(self.decay)
         try:
             work = self._begin(comm, tag, given)

@@ -27,5 +27,11 @@ class Flight:
     due: int  # global step after which the result enters the local parameters
     tokens: float  # its weight
     delta: Tensor  # what was sent; gone once it has landed, unless results come one round late
-    residual: Tensor | None  # of error feedback, as it was before
+    residual: Tensor | None  # of error feedback, as it was before; written when it takes off
     done: Future[Landed]
+    out: Tensor | None = None  # where the mean is put; may be `delta`
+
+    @property
+    def lent(self) -> tuple[Tensor | None, ...]:
+        """Its memory, each piece once: free when its result is used."""
+        return self.delta, self.residual, None if self.out is self.delta else self.out

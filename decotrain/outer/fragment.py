@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decotrain.outer.allotment import Allotment
+from decotrain.outer.update import SPAN_ELEMENTS
 
 KEPT_SHARE = 0.5  # of progress and tokens that a round did not count: see close_in
 
@@ -95,6 +97,19 @@ class Fragment:
         for name, parameter in self.parameters.items():
             yield parameter, flat[self.spans[name]].view(parameter.shape)
 
+    def pieces(self, *flats: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The same of the model's values and parts of flat tensors, little enough to stay in the
+        cache while it is worked on. What is no plain memory of the host comes by parameters."""
+        for name, parameter in self.parameters.items():
+            start, end = self.spans[name].start, self.spans[name].stop
+            if not _plain(parameter, *flats):
+                yield parameter, *(flat[start:end].view(parameter.shape) for flat in flats)
+                continue
+            local = parameter.detach().view(-1)
+            for at in range(start, end, SPAN_ELEMENTS):
+                to = min(at + SPAN_ELEMENTS, end)
+                yield local[at - start : to - start], *(flat[at:to] for flat in flats)
+
     @torch.no_grad()
     def read_local(self, out: Tensor) -> Tensor:
         """out <- w, the model's own values."""
@@ -105,10 +120,11 @@ class Fragment:
     @torch.no_grad()
     def drift(self, out: Tensor) -> Tensor:
         """out <- base - w: the pseudo-gradient, in float32."""
-        for (parameter, part), (_, base) in zip(
-            self.pairs(out), self.pairs(self.base), strict=True
-        ):
-            torch.sub(base, part.copy_(parameter.detach()), out=part)
+        for parameter, part, base in self.pieces(out, self.base):
+            local = parameter.detach()
+            if local.dtype != part.dtype or local.device != part.device:
+                local = part.copy_(local)
+            torch.sub(base, local, out=part)
         return out
 
     @torch.no_grad()
@@ -120,16 +136,37 @@ class Fragment:
     @torch.no_grad()
     def move(self, by: Tensor, sign: float = 1.0) -> None:
         """w <- w + sign * by, in float32."""
-        for parameter, part in self.pairs(by):
+        for parameter, part in self.pieces(by):
             parameter.copy_(parameter.detach().float() + part.to(parameter.device) * sign)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """The local parameters are the outer ones."""
+        for parameter, outer, base in self.pieces(self.theta, self.base):
+            base.copy_(outer)
+            parameter.copy_(outer)
+
+    @torch.no_grad()
+    def approach(self, share: float) -> None:
+        """w <- share w + (1 - share) theta, in float32, measured from theta henceforth."""
+        scratch = torch.empty(SPAN_ELEMENTS)  # each temporary would be mapped anew
+        for parameter, outer, base in self.pieces(self.theta, self.base):
+            base.copy_(outer)
+            if _plain(parameter, outer) and parameter.dtype == outer.dtype:
+                theirs = torch.mul(outer, 1.0 - share, out=scratch[: outer.numel()])
+                parameter.mul_(share).add_(theirs)
+            else:
+                local = parameter.detach().float() * share
+                parameter.copy_(local.add_(outer.to(parameter.device) * (1.0 - share)))
 
     @torch.no_grad()
     def follow(self) -> None:
         """The local parameters move as far as the outer ones did, which hold all but what we have
         done since: that stays ours."""
-        drift = self.drift(torch.empty_like(self.theta))
-        self.base.copy_(self.theta)
-        self.write(torch.sub(self.theta, drift, out=drift))
+        for parameter, outer, base in self.pieces(self.theta, self.base):
+            drift = torch.sub(base, parameter.detach().to(base.device, base.dtype))
+            base.copy_(outer)
+            parameter.copy_(torch.sub(outer, drift, out=drift))
 
     @torch.no_grad()
     def close_in(self, rounds: int) -> None:
@@ -142,7 +179,12 @@ class Fragment:
         """
         share = KEPT_SHARE ** max(rounds, 1)
         self.tokens *= share
-        self.base.copy_(self.theta)
-        for parameter, outer in self.pairs(self.theta):
-            local = parameter.detach().float() * share
-            parameter.copy_(local.add_(outer.to(parameter.device) * (1.0 - share)))
+        self.approach(share)
+
+
+def _plain(*tensors: Any) -> bool:
+    """Contiguous and in memory of the host; no subclass, and no stand-in (see group.py)."""
+    return all(
+        type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu" and one.is_contiguous()
+        for one in tensors
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decotrain.outer.fragment import Fragment
-from decotrain.outer.update import Update
+from decotrain.outer.update import SPAN_ELEMENTS, Update
 
 
 class Merge(Protocol):
@@ -57,8 +57,7 @@ class Replace(_Shared):
     def enter(
         self, fragment: Fragment, update: Update, sent: Tensor | None, share: float, peers: int
     ) -> None:
-        fragment.base.copy_(fragment.theta)
-        fragment.write(fragment.theta)
+        fragment.adopt()
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,7 @@ class Mix(_Shared):
     def enter(
         self, fragment: Fragment, update: Update, sent: Tensor | None, share: float, peers: int
     ) -> None:
-        fragment.base.copy_(fragment.theta)
-        for parameter, outer in fragment.pairs(fragment.theta):
-            local = parameter.detach().float() * self.alpha
-            parameter.copy_(local.add_(outer.to(parameter.device) * (1.0 - self.alpha)))
+        fragment.approach(self.alpha)
 
 
 class Eager:
@@ -98,14 +94,19 @@ class Eager:
     def enter(
         self, fragment: Fragment, update: Update, sent: Tensor | None, share: float, peers: int
     ) -> None:
-        held = self.private(fragment)
-        correction = held["own"].neg()
-        if sent is None:
-            held["own"].zero_()
-        else:
-            correction.add_(torch.mul(sent, share, out=held["own"]))
-        update.apply(held["offset"], correction, held, peers)
-        torch.add(fragment.theta, held["offset"], out=fragment.base)
+        whole, parts = self.private(fragment), [slice(None)]
+        if update.elementwise and not fragment.theta.is_cuda:  # where temporaries cost most
+            starts = range(0, fragment.elements, SPAN_ELEMENTS)
+            parts = [slice(at, at + SPAN_ELEMENTS) for at in starts]
+        for span in parts:
+            held = {name: tensor[span] for name, tensor in whole.items()}
+            correction = held["own"].neg()
+            if sent is None:
+                held["own"].zero_()
+            else:
+                correction.add_(torch.mul(sent[span], share, out=held["own"]))
+            update.apply(held["offset"], correction, held, peers)
+            torch.add(fragment.theta[span], held["offset"], out=fragment.base[span])
         fragment.write(fragment.base)
 
     def forget(self, fragment: Fragment) -> None:

@@ -42,6 +42,7 @@ from decotrain.outer.flight import Flight, Landed
 from decotrain.outer.fragment import KEPT_SHARE, Fragment
 from decotrain.outer.merge import Eager, Merge, Replace
 from decotrain.outer.schedule import Schedule
+from decotrain.outer.spare import Spare
 from decotrain.outer.update import Update
 from decotrain.rounds import Result, Work
 
@@ -89,6 +90,7 @@ class OuterOptimizer:
         self.residuals = {tag: one for tag, one in kept.items() if one is not None}
         owed = {f.tag: self.codec.new_owner_residual(f.theta) for f in self.fragments}
         self.owner_residuals = {tag: one for tag, one in owed.items() if one is not None}
+        self._spare = Spare(max(fragment.elements for fragment in self.fragments))
         self.global_step = 0
         self.sync_s = 0.0  # wall time of this trainer inside rounds
         self.last_contributors: tuple[int, ...] = ()
@@ -116,8 +118,7 @@ class OuterOptimizer:
                 continue
             self._flights.pop(fragment.tag, None)
             self.merge.forget(fragment)
-            fragment.base.copy_(fragment.theta)
-            fragment.write(fragment.theta)
+            fragment.adopt()
             self._holds(fragment, now)
             moved |= bool(loaded)
             if self.rounds(fragment.tag):
@@ -197,7 +198,7 @@ class OuterOptimizer:
         if flight is not None and self.rounds(tag) + 1 >= number:
             return False  # begun already
         landed = None
-        delta = fragment.drift(torch.empty_like(fragment.theta))
+        delta = fragment.drift(self._spare.take(fragment.theta))
         if flight is not None:
             del self._flights[tag]
             landed = self._arrive(fragment, flight)
@@ -205,15 +206,19 @@ class OuterOptimizer:
         if landed is None:
             self._catch_up(fragment)
             if self.rounds(tag) >= number:
+                self._spare.give(delta, *(flight.lent if flight is not None else ()))
                 return synced  # the others have made this round without us
             fragment.drift(delta)  # it may have grown by what was lost
         again = flight if landed is not None and not landed.counted(self.comm.peer) else None
-        began = fragment.base.clone() if again is not None else None
+        began = None
+        if again is not None:
+            began = self._spare.take(fragment.base).copy_(fragment.base)
         if self.schedule.late:  # before the flight: it moves theta when it comes back
             self._enter(fragment, delta, len(landed.contributors) if landed else 0)
         if again is not None and began is not None:  # goes with the next round: see close_in
             fragment.move(began.sub_(fragment.base).sub_(again.delta), KEPT_SHARE)
             self._restore(fragment, again)
+        self._spare.give(began, *(flight.lent if flight is not None else ()))
         self._send(fragment, delta)
         fragment.tokens += KEPT_SHARE * again.tokens if again is not None else 0.0
         return synced
@@ -221,11 +226,12 @@ class OuterOptimizer:
     def _send(self, fragment: Fragment, delta: Tensor) -> None:
         """A round takes off with this pseudo-gradient."""
         tag, residual = fragment.tag, self.residuals.get(fragment.tag)
-        out = torch.empty_like(delta) if self.schedule.late else delta
+        out = self._spare.take(delta) if self.schedule.late else delta
         digest = int.from_bytes(fragment.digest[:8], "little")
         tokens, fragment.tokens = fragment.tokens, 0.0
-        before = residual.clone() if residual is not None else None
-        given = Contribution(delta, tokens, out, residual, digest, self.owner_residuals.get(tag))
+        before = self._spare.take(residual) if residual is not None else None
+        owed = self.owner_residuals.get(tag)
+        given = Contribution(delta, tokens, out, residual, digest, owed, before)
         ready = torch.cuda.Event() if delta.is_cuda else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record()
@@ -233,6 +239,8 @@ class OuterOptimizer:
         def fly() -> Landed:
             if ready is not None:  # of the trainer's stream, which need not be this thread's
                 ready.wait()
+            if residual is not None and before is not None:  # the trainer leaves both alone
+                before.copy_(residual)
             result = self.codec.begin(self.comm, tag, given).wait()
             if result.outcome == "lost":
                 return Landed(lost=True)
@@ -248,6 +256,7 @@ class OuterOptimizer:
             tokens=tokens,
             delta=delta,
             residual=before,
+            out=out,
             done=in_background(fly, f"round of fragment {tag}"),
         )
 
@@ -273,22 +282,25 @@ class OuterOptimizer:
         """A result enters the local parameters, and no other round of the fragment begins."""
         flight = self._flights.pop(fragment.tag)
         landed = self._arrive(fragment, flight)
-        if landed is None:
-            return True
+        if landed is not None:
+            self._use(fragment, flight, landed)
+        self._spare.give(*flight.lent)
+        return True
+
+    def _use(self, fragment: Fragment, flight: Flight, landed: Landed) -> None:
         counted, late = landed.counted(self.comm.peer), self.schedule.late
         if counted and not late:
             self._enter(fragment, None, len(landed.contributors))
-            return True
+            return
         if late:
             self.merge.forget(fragment)
         if counted:
             fragment.follow()
-            return True
+            return
         self._give_back(fragment, flight)
         if late:
             fragment.move(flight.delta, -1.0)
         fragment.close_in(1)
-        return True
 
     def _enter(self, fragment: Fragment, sent: Tensor | None, peers: int) -> None:
         active = max(sum(one.active for one in self.comm.members), 1)
@@ -380,8 +392,7 @@ class OuterOptimizer:
         Not for rounds under way: see `finish`."""
         for fragment in self.fragments:
             self.merge.forget(fragment)
-            fragment.base.copy_(fragment.theta)
-            fragment.write(fragment.theta)
+            fragment.adopt()
             fragment.tokens = 0.0
 
     def settle(self) -> None:

@@ -44,9 +44,9 @@ def save(outer: OuterOptimizer) -> dict[str, Any]:
     flights = {}
     for tag, flight in outer._flights.items():
         landed = flight.done.result()
-        private[f"{tag}.sent"] = flight.delta
+        private[f"{tag}.sent"] = flight.delta.clone()  # the next rounds have this memory
         if flight.residual is not None:
-            private[f"{tag}.residual_before"] = flight.residual
+            private[f"{tag}.residual_before"] = flight.residual.clone()
         flights[str(tag)] = {
             "due": flight.due,
             "tokens": flight.tokens,
@@ -140,12 +140,13 @@ def _flight(
 ) -> Flight:
     """A round that was under way has landed since; only its result is still to be used."""
     tag, peer = fragment.tag, outer.comm.peer
+    before = private.get(f"{tag}.residual_before") if tag in outer.residuals else None
     others = range(1, int(facts["contributors"]) + (0 if facts["counted"] else 1))
     return Flight(
         due=int(facts["due"]),
         tokens=float(facts["tokens"]),
         delta=private[f"{tag}.sent"].to(fragment.theta.device, copy=True),
-        residual=private.get(f"{tag}.residual_before") if tag in outer.residuals else None,
+        residual=None if before is None else before.clone(),  # not the caller's: it is used again
         done=ready(
             Landed(
                 lost=bool(facts["lost"]),
