@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from decotrain.outer import make
 from decotrain.outer.allotment import HELD, SLOTS, Allotment, Portions
-from decotrain.train.worker import draw
+from decotrain.train.worker import _after_round, draw
 from tests.fake_comm import WAIT_S, FakeRun
 from tests.outer_runs import make_model, run_peers
 
@@ -163,6 +164,85 @@ def test_gradients_that_did_not_count_are_made_again() -> None:
     assert np.array_equal(portions.take(0, 4), first)
     allotment.count({0, 1})
     assert not np.array_equal(portions.take(0, 4), first)
+
+
+def test_gradients_that_are_made_again_are_told_once() -> None:
+    allotment = Allotment(0, carry=False)
+    trainer: Any = SimpleNamespace(
+        portions=Portions(allotment, 4), uncounted=[], settings=SimpleNamespace(batch=4)
+    )
+
+    def step(counted: set[int]) -> None:
+        draw(trainer, None, 0)
+        trainer.uncounted.append(float(len(told)))
+        told.append(sorted(trainer.portions.uncounted))
+        allotment.count(counted)
+
+    told: list[list[list[int]]] = []
+    for counted in ({0}, {1}, {1}, {0, 1}, {0}):
+        step(counted)
+    first, second, third = [0, 4], [4 * SLOTS, 4 * SLOTS + 4], [8 * SLOTS, 8 * SLOTS + 4]
+    assert told == [[first], [first, second], [first, second], [first, second], told[4]]
+    assert told[4][:2] == [first, second]
+    assert told[4][2] == third
+    assert trainer.uncounted == [0.0, 3.0, 4.0], "losses of steps that did not count"
+
+
+def test_half_a_portion_that_is_made_again_is_told_once() -> None:
+    """Beside a neighbour in one interval."""
+    allotment = Allotment(0, carry=False)
+    portions = Portions(allotment, 4)
+    allotment.held[0] = [6, 7]
+    portions.take(0, 4)
+    allotment.count({0})
+    portions.take(0, 4)
+    assert portions.uncounted == [[24, 32]]
+    allotment.count({1})
+    portions.take(0, 2)
+    assert portions.uncounted == [[24, 30]]
+
+
+@pytest.mark.parametrize("lost", [{3, 6}, {5}], ids=["at the end of a round", "within one"])
+@pytest.mark.parametrize("how", [{"waived"}, {"lost"}, {"waived", "lost"}], ids="-".join)
+def test_ddp_tells_what_counted_and_nothing_twice(how: set[str], lost: set[int]) -> None:
+    """By the worker's own lines, over steps whose gradients of peer 2 do not count, or whose result
+    it never hears of."""
+    run = FakeRun(2)
+    comms: dict[int, Any] = {peer: run.comm(peer) for peer in (1, 2)}
+    for misfortune in how:
+        getattr(run, misfortune).update((2, seq) for seq in lost)
+    lines: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    every = SimpleNamespace(evaluation=100, checkpoint=100)
+    chosen = SimpleNamespace(batch=2, every=every, rounds=100)
+
+    def body(peer: int) -> bool:
+        model = make_model(peer)
+        inner = torch.optim.SGD(model.parameters(), lr=0.01)
+        comms[peer].figures = dict
+        outer = make("ddp", model, inner, comms[peer])
+        trainer: Any = SimpleNamespace(
+            portions=Portions(outer.allotment, 2), settings=chosen, uncounted=[], tokens=8,
+            journal=SimpleNamespace(write=lambda _, **line: lines[peer].append(line)),
+        )  # fmt: skip
+        number = 0
+        while outer.global_step < 12:
+            draw(trainer, outer, peer - 1)
+            nn.functional.mse_loss(model(torch.ones(1, 5)), torch.ones(1, 3)).backward()
+            inner.step()
+            inner.zero_grad()
+            trainer.uncounted.append(0.0)
+            outer.step(1.0)
+            if number != (number := outer.global_step // 3):
+                _after_round(trainer, comms[peer], outer, Path(), number)
+        return True
+
+    run_peers(run, [1, 2], body)
+    results = [r.result for (_, seq), r in run.rounds.items() if seq and r.result]
+    for peer, told in lines.items():
+        samples = [n for line in told for a, b in line["samples"] for n in range(a, b)]
+        assert len(samples) == len(set(samples)), "told twice"
+        assert len(samples) == 2 * sum(peer in result.contributors for result in results)
+        assert sum(line["counted_tokens"] for line in told) == 4 * len(samples)
 
 
 def test_what_a_silent_slot_had_not_begun_is_not_trained_on_by_it() -> None:

@@ -127,6 +127,8 @@ class Portions:
         while left:
             first = self._queue[0] * self.samples + self._at
             part = min(left, self.samples - self._at)
+            if not self._allotment.carry and not self._at:
+                self._forget(first, first + self.samples)
             parts.append(np.arange(first, first + part, dtype=np.int64))
             if self.uncounted and self.uncounted[-1][1] == first:
                 self.uncounted[-1][1] = first + part
@@ -137,6 +139,17 @@ class Portions:
                 self._at = 0
                 self._queue.popleft()
         return np.concatenate(parts)
+
+    def _forget(self, first: int, end: int) -> None:
+        """These samples are begun: once more, if they are among the uncounted."""
+        kept = [(a, min(b, first)) for a, b in self.uncounted]
+        kept += [(max(a, end), b) for a, b in self.uncounted]
+        self.uncounted = sorted([a, b] for a, b in kept if a < b)
+
+    @property
+    def untold(self) -> int:
+        """Samples that are uncounted."""
+        return sum(end - first for first, end in self.uncounted)
 
     def _look(self, slot: int) -> None:
         """What the slot holds by now."""

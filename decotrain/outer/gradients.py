@@ -199,12 +199,11 @@ class GradientAveraging:
             mean = None if lost else self.codec.mean(result, bucket.values.numel())
             for parameter, part in bucket.scatter():
                 parameter.grad = None if mean is None else part.to(parameter, copy=True)
+            if bucket is self.buckets[0]:  # samples go by it
+                self._slots = result.slots
+                self.last_contributors = () if lost else tuple(result.contributors)
             if lost:
                 self.comm.catch_up(bucket.tag, None, wait=True)
-                continue
-            self.last_contributors = tuple(result.contributors)
-            if bucket is self.buckets[0]:
-                self._slots = result.slots
         self._averaged = True
         self.sync_s += time.perf_counter() - started_s
 

@@ -234,7 +234,10 @@ def draw(trainer: Trainer, outer: Outer, slot: int) -> Numbers:
         outer.begin_anew()
         portions.begin_anew()
         trainer.uncounted = []
-    return portions.take(slot, trainer.settings.batch)
+    batch = trainer.settings.batch
+    samples = portions.take(slot, batch)
+    del trainer.uncounted[portions.untold // batch - 1 :]  # of a step that is made again (ddp)
+    return samples
 
 
 def _after_round(
