@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from decotrain.control.coordinator import Coordinator
 
 SETTLE_S = 0.5  # at most, before observers are frozen after the active peers
-_GOES_FOR_GOOD = ("left", "kicked")  # who does not come back by itself
-_NOT_BELIEVED = ("diverged", "unfit", "void")  # whose report no plan is made from
-_ASKED_LAST = ("heard", "unfit", "stuck", "diverged", "kicked", "left")  # if nobody better is left
-_NOT_ASKED = ("exited", "kicked", "diverged", "unfit", "void")
+_GOES_FOR_GOOD = ("left", "kicked", "misfit")  # who does not come back by itself
+_NOT_BELIEVED = ("diverged", "unfit", "misfit", "void")  # whose report no plan is made from
+_ASKED_LAST = ("heard", "unfit", "stuck", "diverged", "misfit", "kicked", "left")  # if need be
+_NOT_ASKED = ("exited", "kicked", "diverged", "unfit", "misfit", "void")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, 
 from decotrain.control.measures import Measures
 from decotrain.control.plan import waits_for_observers
 from decotrain.control.record import BARRED_MAX, Record, RecordMember
-from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, relays
+from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, meant, relays
 from decotrain.control.status import status
 from decotrain.control.suspicion import answer_time, dark, hear, slept, suspect
 
@@ -301,12 +301,13 @@ class Coordinator:
     # --- leaving out
 
     def leave_out(self, peer: int, kind: str, reason: str, now: float) -> None:
-        """kind: left, exited, kicked, diverged, unfit (at once); silent (until it talks)."""
+        """kind: left, exited, kicked, diverged, unfit, misfit at once; silent until it talks."""
+        reason = reason[: m.NOTE_MAX]  # else nobody takes the message that says it
         if peer not in self.members():
             if self.peers.pop(peer, None) is not None and kind != "silent":
-                self.gone.add(peer, reason, kind not in ("left", "kicked"))
-                self.send(peer, m.Evicted(self.record.run, peer, reason, kind not in ("left",
-                          "kicked")))  # fmt: skip
+                again = kind not in ("left", "kicked")
+                self.gone.add(peer, reason, again)
+                self.send(peer, m.Evicted(self.record.run, peer, reason, again))
             return
         before = self.out.get(peer)
         if before is not None and before[0] != "silent":
@@ -389,18 +390,18 @@ class Coordinator:
         if accuser is None or message.view != self.record.view or self.changes.busy():
             return
         if message.who == message.peer:  # its own NaN, say, is no reason to leave it out
-            if message.kind != "void":
-                return
-            self.leave_out(message.who, "void", message.detail or "its state is void", now)
+            if message.kind == "void":
+                self.leave_out(message.who, "void", message.detail or "its state is void", now)
+            elif message.kind == "spec_mismatch":
+                self._misfits(accuser, "the others", message, now)
             return
         if message.kind == "diverged" and not message.who:
             self._diverged(message, now)
             return
         accused = members.get(message.who)
-        if accused is None or accused.peer in self.demoted or accused.peer in self.out:
-            return
-        # Two that accuse each other: the word of the lower slot stands.
-        if accuser.peer in self.demoted or accuser.peer in self.out:
+        going = self.demoted.keys() | self.out.keys()
+        # Two that accuse each other: the word that came first stands.
+        if accused is None or {accused.peer, accuser.peer} & going:
             return
         detail = f"{message.kind} in round {message.tag}/{message.seq}, says {peer.name}"
         if message.kind == "late_done" and self._excused(accuser.active, message):
@@ -413,8 +414,16 @@ class Coordinator:
                 self.log("demoted", f"{self.name(accused.peer)}: {detail}", now)
         elif message.kind == "diverged":
             self.leave_out(accused.peer, "diverged", detail, now)
-        elif message.kind == "spec_mismatch" and accuser.slot < accused.slot:
-            self.leave_out(accused.peer, "unfit", f"another round specification: {detail}", now)
+        elif message.kind == "spec_mismatch":
+    def _misfits(self, who: RecordMember, others: str, said: m.Suspect, now: float) -> None:
+        """Once more would end the same: it does not come back by itself."""
+        reason = "its tensors, codec or options differ from the run's: start it with those of"
+        reason += f" {others} (round {said.tag}/{said.seq}: {said.detail})"
+        self.leave_out(who.peer, "misfit", reason, now)
+
+            # Where a round is one chunk only one of the two can see it: who says so says nothing.
+            stays, goes = sorted((accuser, accused), key=lambda one: (not one.active, one.slot))
+            self._misfits(goes, self.name(stays.peer), message, now)
         elif message.kind == "refused":
             self.log("refused", f"{self.name(accused.peer)}: {message.detail}", now)
 

@@ -40,9 +40,10 @@ FIGURES_MAX = 40
 PEERS_MAX = 64
 ADDRESSES_MAX = 8
 ASKED_TO_LEAVE = "asked to leave by an operator"
+NOTE_MAX = 512
 
 name = text(128, 1)
-note = text(512)
+note = text(NOTE_MAX)
 peer_id = integer(1, 2**64 - 1)
 addresses = sequence(text(256, 1), ADDRESSES_MAX)
 freeze_id = row(u32, u64)
