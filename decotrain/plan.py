@@ -20,6 +20,7 @@ from typing import Any
 
 from decotrain import shipped
 from decotrain.errors import ConfigError
+from decotrain.outer_options import PEERS_MAX, fragments_of
 from decotrain.units import parse_bits_per_s, parse_count, parse_seconds, rate, size
 
 # Bits of one value on the wire, scales included: docs/codecs.md. topk: 64 of 4096 values.
@@ -35,7 +36,6 @@ ROUND_RTTS = 2.0
 # queues that overflow: 0.82 to 0.9 at 20 Mbit/s, 0.75 to 0.9 at 100 (20 ms, 4 peers, CUBIC).
 LINK_SHARE = 0.85
 GOAL = 0.95  # utilisation that is good enough to prefer what learns best
-PEERS_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _by_layers(choice: Choice, layers: int) -> Choice:
     if choice.preset != "streaming":
         return choice
     each = -(-layers // (choice.fragments - 1))
-    return replace(choice, layers=each, fragments=1 + -(-layers // each))
+    return replace(choice, layers=each, fragments=fragments_of(layers, each))
 
 
 def _pairs(words: Sequence[str]) -> Mapping[str, str]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from decotrain.control.transport import split_address
 from decotrain.errors import ConfigError
+from decotrain.outer_options import PEERS_MAX
 from decotrain.train import typed
-from decotrain.train.settings import PEERS_MAX, DataSettings
+from decotrain.train.settings import DataSettings
 
 TASKS = ("text", "classify")
 # What the run says to who joins it by address; base and data are its own, and base is checked.

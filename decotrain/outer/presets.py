@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from decotrain import outer_options
 from decotrain.communicator import Communicator
 from decotrain.errors import ConfigError
 from decotrain.outer.codec import CodecChoice, TopK
@@ -83,9 +84,9 @@ def diloco(
 def streaming(
     *,
     sync_every: int = 100,
-    layers: int = 3,  # in a fragment
+    layers: int = outer_options.LAYERS,  # in a fragment
     pattern: str = "strided",  # or sequential
-    overlap: int = 1,  # inner steps that a round has until its result is used
+    overlap: int = outer_options.OVERLAP,  # inner steps that a round has until its result is used
     alpha: float = 0.5,  # how much of the local parameters stays
     lr: float | None = None,
     momentum: float = 0.9,
@@ -184,8 +185,10 @@ def ddp(
     }
 
 
-_ALL = (local_sgd, diloco, streaming, eager, co2, sparseloco, delayed_nesterov, muloco, ddp)
-PRESETS: dict[str, Callable[..., Choices]] = {preset.__name__: preset for preset in _ALL}
+PRESETS: dict[str, Callable[..., Choices]] = {
+    name: globals()[name] for name in outer_options.PRESETS
+}
+Outer = OuterOptimizer | GradientAveraging
 
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:
@@ -205,13 +208,14 @@ def make(
     epoch_portions: int = 0,
     state: dict[str, Any] | None = None,
     **options: Any,
-) -> OuterOptimizer | GradientAveraging:
+) -> Outer:
     """The outer optimizer of that name, with options of its own. device, state: see
     OuterOptimizer; epoch_portions: see Allotment."""
     known = options_of(name)
     for option in options:
         if option not in known:
             raise ConfigError(f"{name} has no option {option}; there are {', '.join(known)}")
+    outer_options.check(options)
     if name == "ddp":
         if device is not None:
             raise ConfigError("ddp has no outer state to put on a device; leave device= out")

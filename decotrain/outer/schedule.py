@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from decotrain.errors import ConfigError
+from decotrain.outer_options import check_overlap
 
 
 class Schedule(Protocol):
@@ -114,12 +115,7 @@ class Staggered:
                 found[1 + part].append(name)
         found = [part for part in found if part]
         self.offsets = [p * self.steps // len(found) for p in range(len(found))]
-        if self.overlap and self.overlap * len(found) >= self.steps:
-            raise ConfigError(
-                f"overlap={self.overlap} is too long: with {len(found)} fragments every"
-                f" {self.steps} steps a round begins every {self.steps / len(found):g} steps; give"
-                " a smaller overlap, more layers in a fragment or a larger sync_every"
-            )
+        check_overlap(self.steps, len(found), self.overlap)
         return found
 
     def sends(self, step: int) -> Sequence[tuple[int, int]]:

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from decotrain import codecs
+from decotrain import codecs, outer_options
 from decotrain.errors import ConfigError
+from decotrain.outer_options import PEERS_MAX
 from decotrain.train import typed
-
-PEERS_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Settings:
 
 # What the peers of a run have in common, and who joins by address gets from the coordinator.
 SHARED = ("model", "outer", "codec", "inner", "steps", "batch", "seed")
-# key -> (least, most); both ends allowed
+# key -> (least, most); both ends allowed. Those of `outer` are in decotrain/outer_options.py.
 LIMITS: dict[str, tuple[float, float]] = {
     "peers": (1, PEERS_MAX),
     "steps": (1, 10**9),
@@ -132,17 +131,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.kv_heads": (1, 10**4),
     "model.hidden": (1, 10**7),
     "model.context": (2, 10**6),
-    "outer.sync_every": (1, 10**9),
-    "outer.lr": (0, 100),
-    "outer.momentum": (0, 0.9999),
-    "outer.layers": (1, 10**6),
-    "outer.overlap": (0, 10**9),
-    "outer.alpha": (0, 1),
-    "outer.clip": (0, 1e9),
-    "outer.delay": (1, PEERS_MAX),
-    "outer.keep": (1, 4096),
-    "outer.decay": (0, 1),
-    "outer.bucket_elements": (1, 1 << 28),
     "inner.lr": (0, 100),
     "inner.muon_lr": (0, 100),
     "inner.weight_decay": (0, 100),
@@ -156,11 +144,7 @@ CHOICES = {
     "resume": ("never", "auto"),
     "codec.residual": ("f32", "bf16"),
     "inner.optimizer": ("adamw", "muon"),
-    "outer.preset": (
-        "local_sgd", "diloco", "streaming", "eager", "co2", "sparseloco", "delayed_nesterov",
-        "muloco", "ddp",
-    ),
-}  # fmt: skip
+}
 # Presets that take no codec: theirs is a part of what they are.
 OWN_CODEC = ("sparseloco",)
 
@@ -169,6 +153,9 @@ def parse(config: Mapping[str, Any]) -> Settings:
     """Checked settings; ConfigError names the first key that is wrong and what is allowed."""
     settings = typed.build(Settings, config)
     typed.check(settings, LIMITS, CHOICES)
+    outer_options.check_preset("outer.preset", settings.outer.preset)
+    given = {key: v for key, v in vars(settings.outer).items() if v is not None}
+    outer_options.check(given, "outer.")
     _check_together(settings)
     return settings
 
@@ -188,6 +175,10 @@ def _check_together(settings: Settings) -> None:
             f"steps={settings.steps} is not a multiple of outer.sync_every={outer.sync_every}:"
             " the last steps would never be shared"
         )
+    if outer.preset == "streaming":
+        parts = outer_options.fragments_of(model.layers, outer.layers or outer_options.LAYERS)
+        overlap = outer_options.OVERLAP if outer.overlap is None else outer.overlap
+        outer_options.check_overlap(outer.sync_every, parts, overlap)
     codec = settings.codec
     contribution, result = codecs.pair(codec.name)
     if codec.stochastic:
