@@ -55,8 +55,17 @@ def check(values: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def check_preset(key: str, name: str) -> None:
-    if name not in PRESETS:
-        raise ConfigError(f"{key}={name}: one of {', '.join(PRESETS)}")
+    """A preset, or what may be a function of somebody's own."""
+    module, _, function = name.partition(":")
+    if name not in PRESETS and not (module and function):
+        raise ConfigError(
+            f"{key}={name}: one of {', '.join(PRESETS)}, or module:function for one of your own"
+        )
+
+
+def is_own(name: str) -> bool:
+    """`module:function`, and no preset."""
+    return ":" in name
 
 
 def fragments_of(layers: int, each: int) -> int:

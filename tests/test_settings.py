@@ -104,7 +104,7 @@ def test_a_codec_that_the_preset_does_not_use_is_named(
 ) -> None:
     """No error: a sweep over presets and codecs comes to such pairs."""
     (run_dir / "text.txt").write_bytes(b"some words, and some more of them; " * 4000)
-    config = change("outer.preset", preset)
+    config = change("outer", {"preset": preset, "sync_every": 30})
     config["data"]["path"] = str(run_dir / "text.txt")
     job = TrainJob.of(config, named)
     job.prepare()

@@ -6,18 +6,14 @@ whose model a function of the user's makes. Every tensor has to fit; nothing is 
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from decotrain import checkpoint
+from decotrain import checkpoint, named
 from decotrain.errors import ConfigError, FileError
 from decotrain.finetune.settings import Settings
 from decotrain.model import ModelConfig, Transformer
@@ -62,7 +58,7 @@ def build(settings: Settings, base: Base) -> tuple[nn.Module, int]:
     """The model with the base's values, and the longest input it takes, in bytes."""
     torch.manual_seed(settings.seed)
     if settings.factory is not None:
-        model = _function(settings.factory)()
+        model = named.function("factory", settings.factory)()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"factory={settings.factory} returned no torch.nn.Module")
         context = settings.context
@@ -98,17 +94,3 @@ def load(model: nn.Module, file: Path) -> None:
         if names:
             raise ConfigError(f"{file} does not fit the model: it {what} {', '.join(names[:3])}")
     model.load_state_dict(tensors, strict=False)
-
-
-def _function(name: str) -> Callable[[], Any]:
-    """`module:function`, from the working directory or what is installed."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ConfigError(f"factory={name}: write module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Callable[[], Any] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"factory={name} cannot be had: {error}") from error
-    return found

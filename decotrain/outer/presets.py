@@ -3,7 +3,8 @@
     outer = make("streaming", model, optimizer, comm, sync_every=100, codec="e2m1+int8")
 
 The keyword arguments of a function below are the options of its preset; configs/outer/ holds the
-same for `decotrain train`. lr=None is the published rate for the number of contributors.
+same for `decotrain train`. lr=None is the published rate for the number of contributors. Instead of
+such a word, `module:function` names one of the user's own.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from decotrain import outer_options
+from decotrain import named, outer_options
 from decotrain.communicator import Communicator
-from decotrain.errors import ConfigError
+from decotrain.errors import ConfigError, Error
 from decotrain.outer.codec import CodecChoice, TopK
 from decotrain.outer.gradients import BUCKET_ELEMENTS, GradientAveraging
 from decotrain.outer.merge import Eager, Mix, Replace
@@ -189,10 +190,13 @@ PRESETS: dict[str, Callable[..., Choices]] = {
     name: globals()[name] for name in outer_options.PRESETS
 }
 Outer = OuterOptimizer | GradientAveraging
+MORE = ("device", "epoch_portions", "state")  # for OuterOptimizer, and no option of `outer.`
 
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:
-    """The options of a preset, by name."""
+    """The options of a preset, or of a function of the user's own, by name."""
+    if outer_options.is_own(name):
+        return _options_of_own(name)
     if name not in PRESETS:
         raise ConfigError(f"outer={name} is unknown; there are {', '.join(PRESETS)}")
     return inspect.signature(PRESETS[name]).parameters
@@ -216,6 +220,9 @@ def make(
         if option not in known:
             raise ConfigError(f"{name} has no option {option}; there are {', '.join(known)}")
     outer_options.check(options)
+    if outer_options.is_own(name):
+        more = {"device": device, "epoch_portions": epoch_portions or None, "state": state}
+        return _make_own(name, (model, optimizer, comm), options, more)
     if name == "ddp":
         if device is not None:
             raise ConfigError("ddp has no outer state to put on a device; leave device= out")
@@ -225,3 +232,51 @@ def make(
         )
     choices = PRESETS[name](**options) | {"device": device, "epoch_portions": epoch_portions}
     return OuterOptimizer(model, optimizer, comm, **choices, state=state)
+
+
+# --- one of the user's own
+
+
+def _options_of_own(name: str) -> Mapping[str, inspect.Parameter]:
+    """What its signature has after model, optimizer and comm. It has `sync_every` in any case: a
+    run's samples and log go by it, and what lacks it was hardly meant to be one."""
+    function = named.function("outer.preset", name)
+    try:
+        listed = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        listed = []
+    places = [p for p in listed[:3] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    found = {p.name: p for p in listed[3:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if len(places) < 3 or "sync_every" not in found:
+        raise ConfigError(
+            f"outer.preset={name} is no outer optimizer: it is called with (model, optimizer,"
+            " comm, sync_every=..., ...)"
+        )
+    return {key: p for key, p in found.items() if key not in MORE}
+
+
+def _make_own(
+    name: str, places: tuple[Any, ...], options: dict[str, Any], more: dict[str, Any]
+) -> OuterOptimizer:
+    function = named.function("outer.preset", name)
+    listed = inspect.signature(function).parameters
+    every = any(p.kind is p.VAR_KEYWORD for p in listed.values())
+    given = {key: value for key, value in more.items() if value is not None}
+    for key in ("device", "state"):  # without these it would be another run than was asked for
+        if key in given and not every and key not in listed:
+            raise ConfigError(
+                f"outer.preset={name} takes no {key}: give it {key}=None and hand that to"
+                " OuterOptimizer"
+            )
+    given = {key: value for key, value in given.items() if every or key in listed}
+    try:
+        made = function(*places, **options, **given)
+    except Error:
+        raise
+    except Exception as error:  # whatever somebody else's code raises
+        raise ConfigError(f"outer.preset={name} raised {named.said(error)}") from error
+    if not isinstance(made, OuterOptimizer):
+        raise ConfigError(
+            f"outer.preset={name} returned {type(made).__name__}, and no OuterOptimizer"
+        )
+    return made

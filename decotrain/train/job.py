@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from decotrain.data import Corpus, open_corpus, unigram_entropy
+from decotrain.outer_options import is_own
 from decotrain.train.asked import as_the_run_says
 from decotrain.train.launcher import Launcher, write_config
-from decotrain.train.settings import OWN_CODEC, SHARED, Settings, parse, to_mapping
+from decotrain.train.settings import SHARED, Settings, parse, to_mapping
 from decotrain.train.table import Board, PeerRow
 
 ALONE = "alone"
@@ -40,6 +41,9 @@ class TrainJob:
         return cls(parse(as_the_run_says(config, named, SHARED, cls.command)), named)
 
     def prepare(self) -> None:
+        from decotrain.train import preset  # imports torch
+
+        self.outer = preset.options(self.settings)
         self.corpus: Corpus = open_corpus(self.settings.data.path, self.settings.model.context)
 
     def mapping(self) -> dict[str, Any]:
@@ -51,11 +55,20 @@ class TrainJob:
         board = Board(settings.name, settings.steps, settings.rounds, unigram_nats, rows)
         megabytes = (len(corpus.train) + len(corpus.held_out)) / 1e6
         board.note(f"text: {corpus.files} files, {megabytes:.1f} MB from {corpus.source}")
-        preset = settings.outer.preset
-        for word in self.named:  # no error: a sweep over presets and codecs comes to such pairs
-            if preset in OWN_CODEC and re.match(r"\+*codec[.=@]", word):
-                board.note(f"{word} is not used: outer={preset} has a codec of its own")
+        for word in self._unused():
+            board.note(word)
         return board
+
+    def _unused(self) -> Iterator[str]:
+        """What was asked for and means nothing to the preset. No error: a sweep over presets and
+        codecs comes to such pairs."""
+        preset = self.settings.outer.preset
+        for word in self.named:
+            group, _, key = word.partition("=")[0].lstrip("+").partition(".")
+            if "codec" not in self.outer and re.match(r"\+*codec[.=@]", word):
+                yield f"{word} is not used: outer={preset} has a codec of its own"
+            elif group == "outer" and is_own(preset) and key not in ("preset", *self.outer):
+                yield f"{word} is not used: {preset} takes no {key}"
 
     def saved(self, folder: Path, board: Board) -> list[str]:
         """The most advanced checkpoint of any peer."""

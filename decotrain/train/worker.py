@@ -26,10 +26,10 @@ from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
 from decotrain.outer import GradientAveraging, OuterOptimizer, make
 from decotrain.outer.allotment import Portions
-from decotrain.outer.presets import options_of
 from decotrain.train import peer
 from decotrain.train.inner import make_optimizers, set_rates
 from decotrain.train.metrics import Journal
+from decotrain.train.preset import options
 from decotrain.train.settings import SHARED, Settings, parse
 
 Outer = OuterOptimizer | GradientAveraging
@@ -179,20 +179,16 @@ def train_alone(trainer: Trainer) -> None:
 def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Outer:
     """The preset of the configuration, with the options it has."""
     settings = trainer.settings
-    options = {key: v for key, v in vars(settings.outer).items() if v is not None}
-    preset = options.pop("preset")
-    known = options_of(preset)
-    if "sync_every" not in known:  # ddp
-        del options["sync_every"]
-    if "codec" in known:  # sparseloco has its own
-        options["codec"] = settings.codec.name
-        options["error_feedback"] = settings.codec.error_feedback
-        options["residual"] = settings.codec.residual
-        options["stochastic"] = settings.codec.stochastic
-        options["owner_feedback"] = settings.codec.owner_feedback
     state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
-    options["epoch_portions"] = trainer.epoch_portions
-    return make(preset, trainer.model, trainer.inner, comm, state=state, **options)
+    return make(
+        settings.outer.preset,
+        trainer.model,
+        trainer.inner,
+        comm,
+        state=state,
+        epoch_portions=trainer.epoch_portions,
+        **options(settings),
+    )
 
 
 def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) -> None:
