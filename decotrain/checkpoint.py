@@ -93,11 +93,7 @@ def write(
 def read(path: Path) -> Checkpoint:
     """The checkpoint at this path; FileError when any of it is torn or foreign."""
     try:
-        if (path / META).stat().st_size > META_BYTES_MAX:
-            raise FileError(f"{path / META} is too large to be ours")
-        facts = json.loads((path / META).read_bytes())
-        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-            raise FileError(f"checkpoint {path} has another format than {FORMAT}")
+        facts = _facts(path)
         parts = {}
         for name in ("model", "state"):
             data = (path / f"{name}.safetensors").read_bytes()
@@ -107,6 +103,26 @@ def read(path: Path) -> Checkpoint:
         return Checkpoint(path, int(facts["round"]), parts["model"], parts["state"], facts["meta"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FileError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def meta_of(path: Path) -> dict[str, Any]:
+    """The facts alone, without the tensors; FileError when they cannot be read."""
+    try:
+        meta = _facts(path)["meta"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(f"checkpoint {path} cannot be read: {error}") from error
+    if not isinstance(meta, dict):
+        raise FileError(f"checkpoint {path} has no facts")
+    return meta
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if (path / META).stat().st_size > META_BYTES_MAX:
+        raise FileError(f"{path / META} is too large to be ours")
+    facts = json.loads((path / META).read_bytes())
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise FileError(f"checkpoint {path} has another format than {FORMAT}")
+    return facts
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from decotrain.control import member as mb
 from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
+from decotrain.control.fields import given
+from decotrain.control.maps import SLOTS
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Secret, find, whole
 from decotrain.control.transport import check_name, check_trust, split_address, with_port
@@ -82,8 +84,11 @@ def ask(
     listen: str | Sequence[str] | None,
     advertise: str | Sequence[str] | None = None,
     insecure: bool = False,
+    slot: int | None = None,
 ) -> Asked:
     """Arguments first, then the environment that `decotrain run` sets, then this machine."""
+    if slot is not None and not 0 <= slot < SLOTS:
+        raise ConfigError(f"slot={slot}: a run has the slots 0 to {SLOTS - 1}")
     if FILE in os.environ and os.environ.get("RANK", "0") != "0":
         raise ConfigError(
             f"process {os.environ['RANK']} of this peer cannot join: a peer of several processes is"
@@ -118,6 +123,7 @@ def ask(
         config=dict(config) if config is not None else None,
         min_peers=min_peers or 0,
         share=float(places != [UNIX]),  # who cannot be dialled owns nothing
+        slot=slot,
     )
     server = None
     if address == "local":

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from decotrain.control import messages as m
-from decotrain.control.maps import SLOTS
 from decotrain.control.ownership import Ownership
 from decotrain.control.plan import Candidate, Plan, advance, coverage, make_plan, slots_in_use
 from decotrain.control.rebuild import rebuild
 from decotrain.control.record import RecordMember
 from decotrain.control.roster import settle_s
+from decotrain.control.slots import give_slots
 
 if TYPE_CHECKING:
     from decotrain.control.coordinator import Coordinator
@@ -315,19 +315,18 @@ class Changes:
     def _candidates(self, reports: Mapping[int, dict[str, Any]], able: set[int]) -> list[Candidate]:
         c = self.c
         members = c.members()
-        taken = slots_in_use(reports)
-        for member in members.values():
-            taken |= 1 << member.slot
-        free = [slot for slot in range(SLOTS) if not taken >> slot & 1]
-        used = {slot: age for age, slot in enumerate(c.record.slots_used)}
-        free.sort(key=lambda slot: (used.get(slot, -1), slot))
+        taken = slots_in_use(reports) | sum(1 << member.slot for member in members.values())
+        here = sorted(
+            (key for key in able if key in reports and key in c.peers and key not in c.out),
+            key=lambda key: (key not in members, self._joined(key)),
+        )
+        wishes = {key: c.peers[key].hello.slot for key in here if key not in members}
+        given = give_slots(wishes, taken, c.record.slots_used)
         candidates = []
-        for key in sorted(able, key=lambda key: (key not in members, self._joined(key))):
-            if key in c.out or key not in c.peers or key not in reports:
-                continue
-            slot = members[key].slot if key in members else free.pop(0) if free else None
+        for key in here:
+            was = members.get(key)
+            slot = was.slot if was else given.get(key)
             if slot is not None:  # else it waits for a slot
-                was = members.get(key)
                 candidates.append(Candidate(key, slot, 0.0, bool(was and was.active), bool(was)))
         return self.ownership.give(candidates)
 

@@ -139,6 +139,7 @@ class Identity:
     config: dict[str, Any] | None = None
     min_peers: int = 0
     void: bool = False  # was in the run before: its state is not what a run starts from
+    slot: int | None = None  # it asks for, as what it resumes from was made in it
 
 
 class Member:
@@ -396,4 +397,5 @@ class Member:
             view=self.view,
             generation=self.generation,
             members=[row[:3] for row in self.members],
+            slot=None if me.void or self.view else me.slot,
         )

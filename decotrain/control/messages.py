@@ -1,14 +1,17 @@
 """Every message between peers, coordinator and operators: the specification and its checks.
 
 A message is one msgpack map: `t` names its type, the other keys are the fields of its dataclass,
-all of them, each checked. Anything else is a MessageError: the receiver drops the message and goes
-on. Reports and installs are maps of their own (maps.py). Nothing here knows sockets or what a
-message means; docs/protocol.md does.
+all of them, each checked. A field with a default came later: it may be lacking, and is sent only
+when it says something, so that who is from before it understands and is understood. Anything else
+is a MessageError: the receiver drops the message and goes on. Reports and installs are maps of
+their own (maps.py). Nothing here knows sockets or what a message means; docs/protocol.md does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from numbers import Integral
 from typing import Annotated, Any, get_type_hints
 
 import msgpack
@@ -85,6 +88,7 @@ class Hello:
     view: Annotated[int, u64]  # installed; 0: none yet
     generation: Annotated[int, u32]
     members: Annotated[list[list[Any]], sequence(view_member, PEERS_MAX)]  # of that view
+    slot: Annotated[int | None, optional(integer(0, maps.SLOTS - 1))] = None  # had before a resume
 
 
 @dataclass(frozen=True)
@@ -326,6 +330,11 @@ _CHECKS = {
     for word, kind in KINDS.items()
 }
 
+_DEFAULTS = {
+    word: {entry.name: entry.default for entry in fields(kind) if entry.default is not MISSING}
+    for word, kind in KINDS.items()
+}
+
 Message = Any  # one of KINDS
 
 
@@ -335,10 +344,56 @@ _FOREIGN = record(run=name, protocol=u32, peer=peer_id, name=name)
 def encode(message: Message) -> bytes:
     """The bytes of a message. Our own messages pass the same checks as everybody's."""
     word = _NAMES[type(message)]
-    content = {entry.name: getattr(message, entry.name) for entry in fields(message)}
-    data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
-    assert len(data) <= MESSAGE_BYTES_MAX, f"a {word} of {len(data)} bytes"
+    content = {
+        entry.name: value
+        for entry in fields(message)
+        if (value := getattr(message, entry.name)) != entry.default
+    }
+    try:
+        data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{word}: not plain data: {error}") from None
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise ConfigError(f"{word}: {len(data)} bytes; at most {MESSAGE_BYTES_MAX} are taken")
+    if not isinstance(message, Report | Install):
+        _same_checks(word, data)
     return data
+
+
+def _same_checks(word: str, data: bytes) -> None:
+    """On what the receiver will see: subclasses of numbers, say, have become plain by then."""
+    content = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    del content["t"]
+    given(word, _CHECKS[word], _DEFAULTS[word] | content)
+
+
+def plain(value: Mapping[str, Any], shown: str = "config") -> dict[str, Any]:
+    """A configuration as others will read it; ConfigError says why they would not."""
+    try:
+        data = msgpack.packb(dict(value), use_bin_type=True)
+        read = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{shown}: not plain data: {error}") from None
+    checked: dict[str, Any] = given(shown, config, read)
+    return checked
+
+
+def _line(value: str) -> str:
+    return "".join(letter for letter in value if letter.isprintable())
+
+
+def fitting(told: Mapping[Any, Any]) -> dict[str, float | int | str]:
+    """The figures that a heartbeat can carry, as it carries them: one that it cannot would cost
+    all of it, and so the peer its place in the run."""
+    fits: dict[str, float | int | str] = {}
+    for key, value in list(told.items())[: FIGURES_MAX - 8]:
+        try:
+            whole = isinstance(value, Integral)
+            kept = _line(value)[:128] if isinstance(value, str) else (int if whole else float)(value)
+            fits |= figures({_line(str(key))[:32]: kept})
+        except (MessageError, TypeError, ValueError, OverflowError):
+            continue
+    return fits
 
 
 def decode(data: bytes) -> Message:
@@ -357,4 +412,4 @@ def decode(data: bytes) -> Message:
     if word == "hello" and content.get("protocol") != PROTOCOL:
         known = {key: content.get(key) for key in ("run", "protocol", "peer", "name")}
         return Foreign(**within("hello", _FOREIGN, known))
-    return KINDS[word](**within(word, _CHECKS[word], content))
+    return KINDS[word](**within(word, _CHECKS[word], _DEFAULTS[word] | content))

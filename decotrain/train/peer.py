@@ -37,10 +37,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def joined(
-    asked: argparse.Namespace, run: str, config: Mapping[str, Any], min_peers: int
+    asked: argparse.Namespace,
+    run: str,
+    config: Mapping[str, Any],
+    min_peers: int,
+    slot: int | None = None,
 ) -> Iterator[Communicator]:
     """In the run while inside; an error of ours is no reason to let the others wait."""
-    comm = join(asked.join, name=asked.peer, run=run, config=config, min_peers=min_peers)
+    comm = join(asked.join, name=asked.peer, run=run, config=config, min_peers=min_peers, slot=slot)
     try:
         yield comm
     finally:

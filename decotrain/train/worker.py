@@ -21,7 +21,7 @@ from torch import nn
 
 from decotrain import checkpoint
 from decotrain.communicator import Communicator
-from decotrain.data import Corpus, Numbers, SampleOrder, open_corpus, windows
+from decotrain.data import LANES, Corpus, Numbers, SampleOrder, open_corpus, windows
 from decotrain.errors import FileError
 from decotrain.model import ModelConfig, Transformer, loss_of
 from decotrain.outer import GradientAveraging, OuterOptimizer, make
@@ -78,6 +78,7 @@ class Trainer:
         self.told_steps = self.steps = 0
         self.losses: list[float] = []  # of steps, since the last line about progress
         self.uncounted: list[float] = []  # of steps that no counted contribution has carried yet
+        self.slot: int | None = None  # whose samples these are; none when it trains alone
 
     @property
     def portion(self) -> int:
@@ -144,8 +145,7 @@ class Trainer:
             saved = outer.state_dict()
             for kind in ("shared", "private"):
                 tensors |= {f"{kind}.{key}": tensor for key, tensor in saved[kind].items()}
-            meta["outer"] = saved["facts"]
-            meta["digest"] = outer.digest()
+            meta |= {"outer": saved["facts"], "digest": outer.digest(), "slot": self.slot}
             with outer.swapped():
                 model = {k: t.clone() for k, t in self.model.state_dict().items()}
         checkpoint.write(folder, round_number, model, tensors, meta, self.settings.keep)
@@ -198,16 +198,16 @@ def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) ->
     inner_round = trainer.load_inner(place)
     outer = make_outer(trainer, comm, resume)
     trainer.portions = Portions(outer.allotment, trainer.portion)
-    slot = comm.slot
+    trainer.slot = comm.slot
     number = outer.global_step // settings.outer.sync_every
     journal.write(
-        "start", step=outer.global_step, round=number, slot=comm.slot, id=comm.peer,
+        "start", step=outer.global_step, round=number, slot=trainer.slot, id=comm.peer,
         inner_from_round=inner_round, pid=os.getpid(),
     )  # fmt: skip
     while outer.global_step < settings.steps:
-        trainer.inner_step(outer.global_step, draw(trainer, outer, slot), outer)
+        trainer.inner_step(outer.global_step, draw(trainer, outer, trainer.slot), outer)
         if outer.step(trainer.tokens):
-            slot = comm.slot
+            trainer.slot = comm.slot
         if number != (number := outer.global_step // settings.outer.sync_every):
             _after_round(trainer, comm, outer, place, number)
         if trainer.due:
@@ -301,6 +301,21 @@ def _outer_state(resume: Path | None, place: Path) -> dict[str, Any] | None:
     return {"facts": saved.meta["outer"], **kinds}
 
 
+def slot_before(resume: Path | None, place: Path) -> int | None:
+    """The slot that our checkpoint of the same state was made in: samples and sums go by it, so
+    the run goes on with the same bits in no other. None: there is no such checkpoint."""
+    if resume is None:
+        return None
+    try:
+        own = checkpoint.meta_of(place / resume.name)
+        if own.get("digest") != checkpoint.meta_of(resume).get("digest"):
+            return None
+    except FileError:
+        return None  # of that round we have none; what is wrong with `resume` is said later
+    slot = own.get("slot")  # none in those of older versions
+    return slot if type(slot) is int and 0 <= slot < LANES else None
+
+
 def body(asked: argparse.Namespace, config: dict[str, Any], journal: Journal) -> None:
     """What this peer's process does."""
     settings = parse(config)
@@ -310,7 +325,8 @@ def body(asked: argparse.Namespace, config: dict[str, Any], journal: Journal) ->
         train_alone(trainer)
         return
     shared = {key: config[key] for key in SHARED}
-    with peer.joined(asked, settings.name, shared, settings.peers) as comm:
+    slot = slot_before(asked.resume, trainer.folder / "checkpoints" / trainer.peer)
+    with peer.joined(asked, settings.name, shared, settings.peers, slot) as comm:
         train_together(trainer, comm, asked.resume)
 
 
