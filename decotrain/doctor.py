@@ -190,6 +190,8 @@ def coordinator(address: str, known: dict[str, Any], now_s: float) -> Iterator[F
 
 def _peer(peer: dict[str, Any]) -> Finding:
     what = f"peer {peer['name']}"
+    if not peer["heard"]:  # a port that nobody holds open says nothing about a firewall
+        return _unheard(what, peer)
     places = [text for text in peer["addresses"] if text.startswith("tcp://")]
     if not places or not peer["dialled"]:
         return Finding(what, "dials out only")
@@ -198,6 +200,16 @@ def _peer(peer: dict[str, Any]) -> Finding:
     return Finding(what, f"cannot be dialled at {', '.join(places)}",
                    "on that machine: open the port in the firewall and forward it in the router"
                    " (--listen, --advertise), or start it with --dial-only")  # fmt: skip
+
+
+def _unheard(what: str, peer: dict[str, Any]) -> Finding:
+    if peer["state"] not in ("silent", "away"):
+        return Finding(what, peer["state"])  # the run does what there is to do
+    since = peer["silent_s"]
+    seen = "away since the coordinator started" if since is None else f"silent for {since:.0f} s"
+    return Finding(what, f"{seen}: its process has ended, or its way to the coordinator is cut",
+                   "look on its machine: start it again if it has ended (log, `dmesg` for a lack of"
+                   " memory), else run decotrain doctor there")  # fmt: skip
 
 
 def way_to_coordinator(asked: argparse.Namespace, token: Secret | None) -> Iterator[Finding]:

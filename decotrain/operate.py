@@ -47,6 +47,11 @@ def coordinator(words: list[str]) -> int:
     parser.add_argument("--metrics", metavar="HOST:PORT", help="a page for Prometheus, plain HTTP")
     parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
+    from decotrain.control import messages as m
+    from decotrain.control.fields import given
+
+    given("--run", m.name, asked.run)
+    given("--min-peers", m.min_peers, asked.min_peers)
     if asked.with_parent:
         end_with_parent()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)  # to stderr
@@ -141,8 +146,11 @@ def status(words: list[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     asked = parser.parse_args(words)
     from decotrain.control import client
+    from decotrain.control import messages as m
+    from decotrain.control.fields import given
     from decotrain.control.token import find
 
+    given("--run", m.run_or_any, asked.run)
     token = find(asked.token_file)
     while True:
         known = client.status(asked.address, asked.run, token=token)
@@ -164,7 +172,10 @@ def lines_of(known: Mapping[str, Any], address: str) -> list[str]:
     active = sum(peer["role"] == "active" for peer in peers)
     head = f"run {known['run']} at {address}: view {known['term']}.{known['epoch']}"
     head += f" of generation {known['generation']}, {known['phase']}"
+    head += f" for {known['silent_s']:.0f} s" if known["phase"] == "hears nobody" else ""
     head += f", {active} of {len(peers)} peers active"
+    heard = sum(peer["heard"] for peer in peers)
+    head += f", {heard} heard" if heard < len(peers) else ""
     if known["waiting_for"]:
         head += f", waiting for {known['waiting_for']} more"
     versions = sorted({peer["version"] for peer in peers if peer["version"]})
@@ -181,7 +192,7 @@ def lines_of(known: Mapping[str, Any], address: str) -> list[str]:
     newest = _newest_rounds(peers)
     for peer in peers:
         lines.append(_peer_line(peer, newest, regions))
-        if peer["state"] != "here":
+        if peer["state"] not in ("here", "silent", "away"):  # the line itself says those
             lines.append(f"      {peer['state']}")
         if len(versions) > 1:
             lines.append(f"      decotrain {peer['version']}")
@@ -250,12 +261,14 @@ def _peer_line(peer: Mapping[str, Any], newest: Mapping[str, int], regions: bool
     shown = " ".join(f"{key}={_short(value)}" for key, value in figures.items())
     slot = "-" if peer["slot"] is None else peer["slot"]
     heard = "away" if peer["silent_s"] is None else f"{peer['silent_s']:.1f} s"
+    mark, note = " ", "" if peer["dialled"] else " (dials out only)"
+    if not peer["heard"]:
+        mark, note = "!", f" ({peer['state']})" * (peer["state"] in ("silent", "away"))
     return (
-        f"{slot:>3} {peer['name'][:18]:<18} {peer['peer'][:8]} {peer['host'][:14]:<14} "
+        f"{mark}{slot:>2} {peer['name'][:18]:<18} {peer['peer'][:8]} {peer['host'][:14]:<14} "
         + f"{peer['region'][:10]:<10} " * regions
         + f"{peer['role']:<9} {last:>10} {behind:>6} {heard:>7} {peer['share']:>5.2f}"
-        f" {_rate(peer['uplink_bps']):>9} {peer['held_up_s']:>6.1f} s  {shown}"
-        + ("" if peer["dialled"] else " (dials out only)")
+        f" {_rate(peer['uplink_bps']):>9} {peer['held_up_s']:>6.1f} s  {shown}" + note
     )
 
 
@@ -288,8 +301,13 @@ def _leave_out(command: str, description: str | None, words: list[str]) -> int:
     _add_token(parser)
     asked = parser.parse_args(words)
     from decotrain.control import client
+    from decotrain.control import messages as m
+    from decotrain.control.fields import given
     from decotrain.control.token import find
 
+    given("--run", m.name, asked.run)
+    given("PEER", m.peer_name, asked.peer)
+    given("--reason", m.note, asked.reason)
     who = client.kick(
         asked.address,
         asked.run,

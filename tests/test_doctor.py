@@ -106,7 +106,7 @@ def test_findings_about_a_coordinator_and_its_peers(
         assert "yes (it sees us at 127.0.0.1)" in said
         assert "ok bandwidth from it: Mbit/s by number of streams: 1: " in said
         assert "16: " in said.splitlines()[-2]
-        peer: dict[str, Any] = {"name": "a", "dialled": True}
+        peer: dict[str, Any] = {"name": "a", "dialled": True, "heard": True}
         open_, shut = f"tcp://{HERE}:{answerer.port}", f"tcp://{HERE}:1"
         known = {"run": "home", "wall_s": time.time() + 60, "peers": [
             peer | {"addresses": [shut, open_]}, peer | {"addresses": [shut]},

@@ -17,13 +17,16 @@ def status(c: Coordinator, now: float, events_after: int = 0) -> dict[str, Any]:
     """Who is in, how fast, how stale. Ids are 16 hex digits, rates bit/s."""
     members = c.members()
     order = sorted(c.known(), key=lambda key: (members[key].slot if key in members else 64, key))
+    silent_s = _silent_s(c, now)
     return {
         "run": c.record.run,
         "config": c.record.config,
         "generation": c.record.generation,
         "term": c.record.term,
         "epoch": c.record.epoch,
-        "phase": c.changes.phase(),
+        # Nobody is left out while nobody is heard, so the view alone looks as if all were well.
+        "phase": "hears nobody" if silent_s > c.options.suspect_timeout_s else c.changes.phase(),
+        "silent_s": silent_s,
         "waiting_for": c.waiting_for(),
         "peers": [_row(c, key, now) for key in order],
         "routes": [
@@ -36,8 +39,18 @@ def status(c: Coordinator, now: float, events_after: int = 0) -> dict[str, Any]:
     }
 
 
+def _silent_s(c: Coordinator, now: float) -> float:
+    """Since any member of the view was heard, or since we started; 0 without a view."""
+    members = c.members()
+    if not members or c.started_s is None:
+        return 0.0
+    heard = [peer.heard_s for key, peer in c.peers.items() if key in members]
+    return now - max(heard, default=c.started_s)
+
+
 def _row(c: Coordinator, key: int, now: float) -> dict[str, Any]:
     member, peer = c.members().get(key), c.peers.get(key)
+    heard = peer is not None and now - peer.heard_s <= c.options.suspect_timeout_s
     row: dict[str, Any] = {
         "peer": f"{key:016x}",
         "name": peer.hello.name if peer else member.name if member else "",
@@ -47,9 +60,10 @@ def _row(c: Coordinator, key: int, now: float) -> dict[str, Any]:
         "addresses": peer.hello.addresses if peer else [],
         "slot": member.slot if member else None,
         "role": "joining" if not member else "active" if member.active else "observing",
-        "state": "away" if peer is None else "here",
+        "state": "away" if peer is None else "here" if heard else "silent",
         "share": member.share if member else 0.0,
         "silent_s": now - peer.heard_s if peer else None,
+        "heard": heard,  # within the time after which others are suspected
         "installed": bool(peer and peer.view == c.record.view),
         "links_down": [f"{other:016x}" for other in peer.down] if peer else [],
         "uplink_bps": peer.measures.uplink_bps if peer else 0.0,
@@ -103,6 +117,12 @@ def prometheus(known: Mapping[str, Any]) -> str:
     lines += [
         f'decotrain_peers{{{run},role="{role}"}} {roles.count(role)}'
         for role in ("active", "observing", "joining")
+    ]
+    heard = sum(peer["heard"] for peer in known["peers"])
+    lines += [
+        "# HELP decotrain_peers_heard peers with a heartbeat within the suspect timeout",
+        "# TYPE decotrain_peers_heard gauge",
+        f"decotrain_peers_heard{{{run}}} {heard}",
     ]
     for name in ("generation", "term", "epoch"):
         lines += [f"# TYPE decotrain_{name} gauge", f"decotrain_{name}{{{run}}} {known[name]}"]

@@ -16,8 +16,9 @@ from decotrain.operate import lines_of
 PEER: dict[str, Any] = {
     "peer": "00000000000000aa", "name": 'a "b"', "host": "h", "addresses": [], "slot": 0,
     "region": "oslo", "version": "0.9", "waited_s": [["00000000000000bb", 3.5]],
-    "role": "active", "state": "here", "share": 1.5, "silent_s": 0.25, "installed": True,
-    "links_down": ["00000000000000bb"], "uplink_bps": 2e7, "dialled": False, "held_up_s": 12.0,
+    "role": "active", "state": "here", "share": 1.5, "silent_s": 0.25, "heard": True,
+    "installed": True, "links_down": ["00000000000000bb"], "uplink_bps": 2e7,
+    "dialled": False, "held_up_s": 12.0,
     "links": [
         {"peer": "00000000000000bb", "out_bps": 8, "in_bps": 9, "rtt_s": 0.02, "unix": False,
          "shared": False, "pace_bps": 3e7, "congestion": "bbr"},
@@ -28,10 +29,11 @@ PEER: dict[str, Any] = {
 }  # fmt: skip
 KNOWN: dict[str, Any] = {
     "run": "r", "config": None, "generation": 0, "term": 5, "epoch": 2, "phase": "steady",
-    "waiting_for": 0, "routes": [], "events": [{"n": 1, "at_s": 0, "kind": "view", "text": "x"}],
+    "waiting_for": 0, "silent_s": 0.25, "routes": [],
+    "events": [{"n": 1, "at_s": 0, "kind": "view", "text": "x"}],
     "peers": [PEER, PEER | {"peer": "00000000000000bb", "name": "b", "role": "observing",
-                            "silent_s": None, "state": "away", "held_up_s": 0.0, "waited_s": [],
-                            "version": "1.0", "figures": {"last_round": "0/4"}}],
+                            "silent_s": None, "state": "away", "heard": False, "held_up_s": 0.0,
+                            "waited_s": [], "version": "1.0", "figures": {"last_round": "0/4"}}],
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def test_a_screen_says_who_slows_whom() -> None:
     parts += ["20.0 ms bbr, at most 30 Mb/s", "same machine, shared memory"]
     parts += ["oslo", "decotrain 0.9, 1.0", 'a "b" waited 3.5 s for b', "00000000 h"]
     assert [part for part in parts if part not in text] == []
-    assert [line.split()[6:8] for line in text.splitlines() if " 0/4 " in line] == [["0/4", "3"]]
+    assert [line.split()[7:9] for line in text.splitlines() if " 0/4 " in line] == [["0/4", "3"]]
 
 
 def test_prometheus_text() -> None:
