@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from decotrain.control import member as mb
 from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
-from decotrain.control.fields import given
 from decotrain.control.maps import SLOTS
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Secret, find, whole

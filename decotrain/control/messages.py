@@ -9,9 +9,7 @@ their own (maps.py). Nothing here knows sockets or what a message means; docs/pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from numbers import Integral
 from typing import Annotated, Any, get_type_hints
 
 import msgpack
@@ -349,51 +347,9 @@ def encode(message: Message) -> bytes:
         for entry in fields(message)
         if (value := getattr(message, entry.name)) != entry.default
     }
-    try:
-        data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{word}: not plain data: {error}") from None
-    if len(data) > MESSAGE_BYTES_MAX:
-        raise ConfigError(f"{word}: {len(data)} bytes; at most {MESSAGE_BYTES_MAX} are taken")
-    if not isinstance(message, Report | Install):
-        _same_checks(word, data)
+    data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
+    assert len(data) <= MESSAGE_BYTES_MAX, f"a {word} of {len(data)} bytes"
     return data
-
-
-def _same_checks(word: str, data: bytes) -> None:
-    """On what the receiver will see: subclasses of numbers, say, have become plain by then."""
-    content = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    del content["t"]
-    given(word, _CHECKS[word], _DEFAULTS[word] | content)
-
-
-def plain(value: Mapping[str, Any], shown: str = "config") -> dict[str, Any]:
-    """A configuration as others will read it; ConfigError says why they would not."""
-    try:
-        data = msgpack.packb(dict(value), use_bin_type=True)
-        read = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{shown}: not plain data: {error}") from None
-    checked: dict[str, Any] = given(shown, config, read)
-    return checked
-
-
-def _line(value: str) -> str:
-    return "".join(letter for letter in value if letter.isprintable())
-
-
-def fitting(told: Mapping[Any, Any]) -> dict[str, float | int | str]:
-    """The figures that a heartbeat can carry, as it carries them: one that it cannot would cost
-    all of it, and so the peer its place in the run."""
-    fits: dict[str, float | int | str] = {}
-    for key, value in list(told.items())[: FIGURES_MAX - 8]:
-        try:
-            whole = isinstance(value, Integral)
-            kept = _line(value)[:128] if isinstance(value, str) else (int if whole else float)(value)
-            fits |= figures({_line(str(key))[:32]: kept})
-        except (MessageError, TypeError, ValueError, OverflowError):
-            continue
-    return fits
 
 
 def decode(data: bytes) -> Message:

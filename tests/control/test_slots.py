@@ -16,7 +16,8 @@ from tests.control.test_messages import HELLO
 
 def slots_of(world: World) -> dict[int, int]:
     """Peer -> slot in the record; every peer has installed the same."""
-    found = {member.peer: member.slot for member in world.record.members}  # type: ignore[union-attr]
+    assert world.record is not None
+    found = {member.peer: member.slot for member in world.record.members}
     assert world.agreed() == tuple(sorted(found, key=lambda key: found[key]))
     return found
 
