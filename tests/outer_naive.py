@@ -150,9 +150,10 @@ def streaming(
 
 
 def eager(script: Script, every: int, lr: float, momentum: float) -> list[dict[int, Tensor]]:
-    """Each peer has a theta and an m of its own (Kale et al. 2025); nobody is waived.
+    """Each peer has a theta and an m of its own (Kale et al. 2025).
 
-    A newcomer's are what they would be had it always moved by the means alone.
+    A newcomer's are what they would be had it always moved by the means alone. Who was waived goes
+    half of the way to its new theta: what is left goes with the next round, as in `late`.
     """
     naive = Naive(script)
     start = naive.start()
@@ -162,6 +163,7 @@ def eager(script: Script, every: int, lr: float, momentum: float) -> list[dict[i
     own: dict[int, Tensor] = {}  # each peer's part of the mean that is on its way
     common, common_m = start, zero  # moved by the means that have come in
     mean = zero
+    flying: tuple[dict[int, Tensor], set[int], dict[int, float]] = {}, set(), {}
     out = []
     for t in range(1, script.steps + 1):
         landed_m = momentum * common_m + mean
@@ -172,16 +174,24 @@ def eager(script: Script, every: int, lr: float, momentum: float) -> list[dict[i
             theta[i], m[i], own[i] = common, common_m, zero
         if t % every == 0:
             deltas = {}
+            sent, counted, tokens = flying
+            given = {i: naive.tokens[i, 0] for i in peers}
             for i in peers:
                 began = i in theta and own[i] is not zero
                 deltas[i] = (theta[i] if began else landed) - vector(naive.replicas[i])
                 g = mean - own[i] + deltas[i] / len(peers)
                 m[i] = momentum * m[i] + g
-                theta[i] = theta[i] - lr * (g + momentum * m[i])
+                before, theta[i] = theta[i], theta[i] - lr * (g + momentum * m[i])
                 own[i] = deltas[i] / len(peers)
-                assign(naive.replicas[i], theta[i])
+                waived = i in sent and i not in counted
+                w = (before - sent[i] + theta[i]) / 2 if waived else theta[i]
+                assign(naive.replicas[i], w)
             common, common_m = landed, landed_m
-            mean, _ = naive.mean(deltas, 0, t // every)
+            mean, counts = naive.mean(deltas, 0, t // every)
+            for i in peers:
+                waived = i in sent and i not in counted
+                naive.tokens[i, 0] = tokens[i] / 2 if waived else 0.0
+            flying = deltas, counts, given
         out.append({i: vector(naive.replicas[i]) for i in peers})
     return out
 
@@ -292,6 +302,35 @@ def sparse(script: Script, every: int, keep: int, decay: float) -> list[dict[int
                 residual[i] = e - torch.from_numpy(sent).double()
                 sents[i] = torch.from_numpy(sent).double()
             theta = theta - naive.mean(sents, 0, t // every)[0]
+            for i in peers:
+                assign(naive.replicas[i], theta)
+        out.append({i: vector(naive.replicas[i]) for i in peers})
+    return out
+
+
+def muloco(
+    script: Script, every: int, codec: str, lr: float, momentum: float, decay: float
+) -> list[dict[int, Tensor]]:
+    """Nesterov on what a lossy codec leaves, what it took comes later; the codec is the core's."""
+    naive = Naive(script)
+    theta = naive.start()
+    apply, memory = nesterov(lr, momentum), dict[str, Any]()
+    residual: dict[int, Tensor] = {}
+    out = []
+    for t in range(1, script.steps + 1):
+        peers = naive.inner_steps(t, theta, [0])
+        if t % every == 0:
+            sents = {}
+            for i in peers:
+                e = decay * residual.get(i, torch.zeros_like(theta))
+                e = e + theta - vector(naive.replicas[i])
+                data = np.empty(_core.codec_bytes(codec, e.numel()), np.uint8)
+                assert _core.codec_encode(codec, e.float().numpy(), data)
+                sent = np.zeros(e.numel(), np.float32)
+                assert _core.codec_decode(codec, data, sent)
+                sents[i] = torch.from_numpy(sent).double()
+                residual[i] = e - sents[i]
+            theta = apply(theta, naive.mean(sents, 0, t // every)[0], memory)
             for i in peers:
                 assign(naive.replicas[i], theta)
         out.append({i: vector(naive.replicas[i]) for i in peers})

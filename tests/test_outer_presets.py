@@ -173,9 +173,13 @@ def test_streaming_of_one_fragment_without_overlap_is_diloco_to_the_bit() -> Non
             assert torch.equal(found[peer], expected[peer])
 
 
-@pytest.mark.parametrize("present", [three, changing])
-def test_eager(present: Any) -> None:
-    script = Script(36, present)
+@pytest.mark.parametrize(
+    ("present", "waived"),
+    [(three, set()), (changing, set()), (three, {(2, 2), (1, 3), (2, 4)}), (changing, {(3, 4)})],
+    ids=["all", "membership", "waived", "waived and membership"],
+)
+def test_eager(present: Any, waived: set[tuple[int, int]]) -> None:
+    script = Script(36, present, waived, tokens=lambda peer: float(1 + peer) if waived else 1.0)
     found, _ = lockstep(
         script, lambda m, o, c: make("eager", m, o, c, sync_every=6, lr=0.4, momentum=0.9)
     )
