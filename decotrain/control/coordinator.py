@@ -23,7 +23,6 @@ from decotrain.control.roster import Gone, Peer, broken_edges, config_misfit, me
 from decotrain.control.status import status
 from decotrain.control.suspicion import answer_time, dark, hear, slept, suspect
 
-ID_LETTERS_MIN = 6  # that name a peer for an operator
 EVENTS_MAX = 256
 
 
@@ -345,13 +344,8 @@ class Coordinator:
         self.effects.append(Send(event.source, m.Done(bool(found), detail)))
 
     def _kick(self, source: bytes, message: m.Kick, now: float) -> None:
-        found = [
-            peer
-            for peer in sorted(self.known())
-            if peer == message.peer
-            or (message.name and self.name(peer).startswith(message.name))
-            or (len(message.name) >= ID_LETTERS_MIN and f"{peer:016x}".startswith(message.name))
-        ]
+        names_of = {peer: self.name(peer) for peer in sorted(self.known())}
+        found = meant(message.peer, message.name, names_of)
         if len(found) == 1 and self.only_holder(found[0]):
             detail = "it is the only active peer, and others need its state"
             self.effects.append(Send(source, m.Done(False, detail)))

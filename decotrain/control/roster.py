@@ -16,6 +16,7 @@ from decotrain.control.measures import Measures
 
 GONE_MAX = 4096
 SETTLE_FIRST_S = 0.01
+ID_LETTERS_MIN = 6  # that name a peer for an operator
 
 
 @dataclass
@@ -166,3 +167,18 @@ def relays(edges: set[Edge], peers: Iterable[int]) -> tuple[dict[int, dict[int, 
         routes.setdefault(a, {})[b] = via
         routes.setdefault(b, {})[a] = via
     return routes, stuck
+
+
+def meant(peer: int, word: str, names: Mapping[int, str]) -> list[int]:
+    """Whom an operator means by an id, or by a word that a name or an id begins with. A whole name
+    is no doubt about a longer one: gpu1 is not gpu10. Who is away has its id behind its name."""
+    if peer:
+        return [peer] if peer in names else []
+    if not word:
+        return []
+    exact = [key for key, name in names.items() if f"{name} (".startswith(f"{word} (")]
+    return exact or [
+        key
+        for key, name in names.items()
+        if name.startswith(word) or (len(word) >= ID_LETTERS_MIN and f"{key:016x}".startswith(word))
+    ]

@@ -12,7 +12,7 @@ from decotrain.control import messages as m
 from decotrain.control.effects import Received, identity
 from decotrain.control.maps import pack_words
 from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
-from decotrain.control.roster import settle_s
+from decotrain.control.roster import meant, settle_s
 from tests.control.fakes import World, empty_report, three
 
 
@@ -438,3 +438,23 @@ def test_an_observer_that_was_late_gets_more_time() -> None:
     world.run(3.0)
     assert late.member.active
     assert settle_s([known]) < waits[0]
+
+
+@pytest.mark.parametrize(
+    ("peer", "word", "found"),
+    [
+        (0, "gpu1", [1]),
+        (0, "gpu10", [0xABCDEF << 40]),
+        (0, "gpu", [1, 2, 0xABCDEF << 40]),
+        (0, "gpu2", [2]),  # away: the name is followed by its id
+        (0, "abcdef", [0xABCDEF << 40]),
+        (0, "abcde", []),
+        (0, "gpu1 (", []),
+        (2, "", [2]),
+        (3, "", []),
+        (0, "", []),
+    ],
+)
+def test_whom_an_operator_means(peer: int, word: str, found: list[int]) -> None:
+    names = {1: "gpu1", 2: f"gpu2 ({2:016x})", 0xABCDEF << 40: "gpu10"}
+    assert meant(peer, word, names) == found
