@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 
+from decotrain.control import metrics_page
 from decotrain.control.metrics_page import MetricsPage
 from decotrain.control.status import prometheus
 from decotrain.errors import ConfigError
-from decotrain.operate import lines_of
+from decotrain.screen import lines_of
 
 PEER: dict[str, Any] = {
     "peer": "00000000000000aa", "name": 'a "b"', "host": "h", "addresses": [], "slot": 0,
@@ -33,7 +37,7 @@ KNOWN: dict[str, Any] = {
     "events": [{"n": 1, "at_s": 0, "kind": "view", "text": "x"}],
     "peers": [PEER, PEER | {"peer": "00000000000000bb", "name": "b", "role": "observing",
                             "silent_s": None, "state": "away", "heard": False, "held_up_s": 0.0,
-                            "waited_s": [], "version": "1.0", "figures": {"last_round": "0/4"}}],
+                            "waited_s": [["00000000000000aa", 12.0]], "version": "1.0", "figures": {"last_round": "0/4"}}],
 }  # fmt: skip
 
 
@@ -73,5 +77,59 @@ def test_the_page() -> None:
         missing.value.close()
         with pytest.raises(ConfigError, match="choose another address"):
             MetricsPage(page.address)
+    finally:
+        page.close()
+
+
+def test_the_page_at_an_address_of_the_new_kind() -> None:
+    page = MetricsPage("[::1]:0")
+    try:
+        assert page.address.startswith("[::1]:")
+        page.text = "decotrain_x 1\n"
+        with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=30) as answer:
+            assert answer.read() == b"decotrain_x 1\n"
+    finally:
+        page.close()
+
+
+def test_who_asks_slowly_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are places, none of which comes to the end of its time."""
+    monkeypatch.setattr(metrics_page, "REQUEST_S", 600.0)
+    page = MetricsPage("127.0.0.1:0")
+    host, _, port = page.address.partition(":")
+    try:
+        with ExitStack() as stack:
+            slow = [
+                stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+                for _ in range(metrics_page.REQUESTS_MAX + 1)
+            ]
+            for one in slow:
+                one.sendall(b"G")
+            with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=30) as answer:
+                assert answer.status == 200
+            with suppress(ConnectionResetError):  # the oldest is cut for those who come later
+                assert slow[0].recv(1) == b""
+    finally:
+        page.close()
+
+
+def test_a_request_has_an_end_however_it_is_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes well within the limit of one read."""
+    monkeypatch.setattr(metrics_page, "REQUEST_S", 0.4)
+    page = MetricsPage("127.0.0.1:0")
+    host, _, port = page.address.partition(":")
+    began_s = time.monotonic()
+    try:
+        with socket.create_connection((host, int(port)), timeout=0.05) as slow:
+            ended = False
+            while not ended:
+                assert time.monotonic() - began_s < 30, "a byte now and then goes on for ever"
+                try:
+                    slow.sendall(b"G")
+                    ended = slow.recv(1) == b""
+                except TimeoutError:  # nothing yet: the next byte
+                    continue
+                except OSError:
+                    ended = True
     finally:
         page.close()
