@@ -42,6 +42,7 @@ from decotrain.farewell import end_well, say_last_words
 from decotrain.joining import (
     Asked,
     ask,
+    bind_errors,
     path_options,
     patience,
     told_addresses,
@@ -79,7 +80,8 @@ class Communicator:
         """For each incarnation; on the control thread, but for the first."""
         if self._ready:
             self._shared.incarnated()
-        return Node(peer, self._asked.listen, self._asked.fingerprint, **self._node_options)
+        with bind_errors():
+            return Node(peer, self._asked.listen, self._asked.fingerprint, **self._node_options)
 
     # --- who is here
 

@@ -6,6 +6,7 @@ join waits here for the coordinator's welcome.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import ipaddress
@@ -14,8 +15,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -191,20 +192,43 @@ def advertised(text: str | Sequence[str]) -> list[str]:
     return places
 
 
+@contextmanager
+def bind_errors() -> Iterator[None]:
+    """A node that cannot have its address says what to do. Its other errors are not for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not text.startswith("cannot listen on "):
+            raise
+        remedy = "give another address (--listen HOST for any free port)"
+        if text.endswith(os.strerror(errno.EADDRINUSE)):
+            remedy = "another process has the port: stop it, or --listen HOST for any free one"
+        elif text.endswith(os.strerror(errno.EADDRNOTAVAIL)):
+            remedy = (
+                "this machine does not have the address (`ip address` lists those it has): listen"
+                " on one of them, and --advertise what a router forwards"
+            )
+        raise ConfigError(f"{text}; {remedy}") from None
+
+
 def told_addresses(bound: Sequence[str], advertise: Sequence[str]) -> list[str]:
-    """What others are told of the addresses we got: every interface when bound to all of them."""
+    """What others are told of the addresses we got: every interface when bound to all of them.
+
+    Unix sockets first: only so many are told, and neighbours share memory over these alone.
+    """
     sockets = [text for text in bound if text.startswith("unix://")]
     reached = [split_address(text) for text in bound if text not in sockets]
     if advertise:
         own = reached[0][1] if reached else 0
         given = [split_address(text) for text in advertise]
-        return [*[_tcp(host, port or own) for host, port in given if port or own], *sockets]
+        return [*sockets, *[_tcp(host, port or own) for host, port in given if port or own]]
     told: list[str] = []
     for host, port in reached:
         everywhere = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
         places = interface_addresses(":" in host) if everywhere else [host]
         told += [_tcp(place, port) for place in places]
-    return [*dict.fromkeys(told), *sockets]
+    return [*sockets, *dict.fromkeys(told)]
 
 
 def interface_addresses(six: bool) -> list[str]:
