@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from decotrain import __version__, probe
 from decotrain.control import client
 from decotrain.control.token import Secret, find, probe_key
 from decotrain.control.transport import check_trust, libzmq, split_address
+from decotrain.errors import Error, RefusedError
 
 DESCRIPTORS_MIN = 4096
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
@@ -54,7 +56,8 @@ def main(words: list[str]) -> int:
     """Looks for what stands in the way of a run, and says what to do about it."""
     parser = argparse.ArgumentParser(
         prog="decotrain doctor", description=main.__doc__,
-        epilog="exit code: 0 nothing found, 1 something to remedy, 2 wrong options",
+        epilog="exit code: 0 nothing found, 1 something to remedy, 2 wrong options,"
+        " 3 no coordinator answers",
     )  # fmt: skip
     add = parser.add_argument
     add("address", nargs="?", metavar="HOST:PORT", help="of the coordinator")
@@ -217,12 +220,19 @@ def way_to_coordinator(asked: argparse.Namespace, token: Secret | None) -> Itera
     ours = probe.Answerer("", asked.port, secrets.token_bytes(32))
     try:
         answer = client.probe(asked.address, asked.run, ours.port, token=token)
+    except RefusedError as error:  # another doctor is there: the rest can be looked at
+        yield Finding("dialled back, bandwidth", f"not known: {error}",
+                      "try again when it is done, within a minute")  # fmt: skip
+        return
     finally:
         ours.close()
     yield _dialled(ours.port, answer.dialled, f" (it sees us at {answer.place})")
     host, _ = split_address(asked.address)
     if probe.can_dial(host, answer.port):
-        yield from bandwidth(probe.Way(host, answer.port, answer.key))
+        way = probe.Way(host, answer.port, answer.key)
+        yield from bandwidth(way)
+        with suppress(Error):  # it sees by itself after a while
+            way.done()
         return
     seen = f"not measured: port {answer.port} of the coordinator is closed to us"
     yield Finding("bandwidth", f"{seen}; --answer there and --to here do it at a port of choice")

@@ -49,8 +49,16 @@ class Answerer:
             ) from None
         self.port: int = self.socket.getsockname()[1]
         self.places = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self.done = threading.Event()  # who has the key says so: it has measured
+        self.lock = threading.Lock()
+        self.open, self.used_s = 0, time.monotonic()  # connections, and when the last one ended
         self.thread = threading.Thread(target=self._serve, name="probe", daemon=True)
         self.thread.start()
+
+    def quiet_s(self) -> float:
+        """For how long nobody has been connected."""
+        with self.lock:
+            return 0.0 if self.open else time.monotonic() - self.used_s
 
     def close(self) -> None:
         self.socket.shutdown(socket.SHUT_RDWR)
@@ -69,6 +77,7 @@ class Answerer:
             threading.Thread(target=self._one, args=(connection, source[0]), daemon=True).start()
 
     def _one(self, connection: socket.socket, source: str) -> None:
+        self._count(1)
         try:
             with connection:
                 connection.settimeout(STRANGER_S)
@@ -77,11 +86,18 @@ class Answerer:
                 request, _, proof = _line(connection).rpartition(" ")
                 if hmac.compare_digest(proof, _proof(self.key, number, request)):
                     connection.settimeout(ANSWER_S)
+                    if request == "done":
+                        self.done.set()
                     _answer(connection, source, request)
         except (OSError, ValueError, TypeError):
             pass  # whoever asked sees the connection end
         finally:
+            self._count(-1)
             self.places.release()
+
+    def _count(self, change: int) -> None:
+        with self.lock:
+            self.open, self.used_s = self.open + change, time.monotonic()
 
 
 def _proof(key: bytes, number: str, request: str) -> str:
@@ -154,6 +170,10 @@ class Way:
         with self._ask(f"dial {own_port}") as connection:
             connection.settimeout(2 * DIAL_S)
             return self._said(connection) == "yes"
+
+    def done(self) -> None:
+        """They need not answer any longer. Who is from before this word waits for a minute."""
+        self._ask("done").close()
 
     def rate_bps(self, streams: int, give: bool, seconds: float) -> float:
         """Bits a second over so many connections: from them (`give`) or to them."""

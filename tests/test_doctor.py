@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from decotrain import doctor, probe
+from decotrain.control import probing
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.errors import ConfigError, RefusedError, UnreachableError
@@ -118,6 +119,43 @@ def test_findings_about_a_coordinator_and_its_peers(
     assert [bool(one.remedy) for one in found] == [False, True, False, True, False]
     assert "timedatectl" in found[1].remedy
     assert "--dial-only" in found[3].remedy
+
+
+def test_one_doctor_after_the_other_and_one_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who is done says so; of who is at work the other learns, and goes on with the rest."""
+    monkeypatch.setattr(probing, "QUIET_S", 600.0)
+    monkeypatch.setattr(doctor, "STREAMS", (1,))
+    server = ServerThread(Options(run="home"))
+    place = server.server.probing.place
+    other = probe.Answerer(HERE, 0, b"")
+    try:
+        for _ in range(2):
+            doctor.main([server.address])
+            assert "bandwidth from it: Mbit/s" in capsys.readouterr().out
+            assert place.acquire(timeout=30), (
+                "the coordinator is still busy with a doctor that ended"
+            )
+            place.release()
+        with place:  # as when another one is at work
+            assert doctor.main([server.address, "--to", f"{HERE}:{other.port}"]) == 1
+        said = capsys.readouterr().out
+        assert "!! dialled back, bandwidth: not known: " in said
+        assert "another doctor is at work" in said
+        assert "ok bandwidth from it: Mbit/s" in said  # of --to
+    finally:
+        other.close()
+        server.stop()
+
+
+def test_a_doctor_that_is_not_heard_of_holds_its_place_for_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probing, "QUIET_S", 0.2)
+    made = probing.Probing(HERE)
+    made.ask(b"a", HERE, 0)
+    assert made.place.acquire(timeout=30)
 
 
 def test_low_limits_have_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
