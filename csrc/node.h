@@ -128,7 +128,8 @@ class Node {
   // Pulls the fragment from these peers into the buffers, which belong to the fetch until it is
   // done or cancelled.
   std::shared_ptr<FetchWork> fetch(std::uint32_t tag, std::vector<PeerId> peers, StatePieces into,
-                                   bool follows, std::shared_ptr<const void> keep);
+                                   bool follows, std::shared_ptr<const void> keep,
+                                   std::uint64_t kind = 0);
   // Of a fetch that follows: no more requests; then, when it is quiet, the arrays are the caller's
   // (lock_fetch; false: it is done or gone) until they have moved to another version.
   void pause_fetch(const std::shared_ptr<FetchWork>& work);

@@ -56,12 +56,12 @@ void FetchWork::fail(std::string error) {
 
 std::shared_ptr<FetchWork> Node::fetch(std::uint32_t tag, std::vector<PeerId> peers,
                                        StatePieces into, bool follows,
-                                       std::shared_ptr<const void> keep) {
+                                       std::shared_ptr<const void> keep, std::uint64_t kind) {
   if (into.bytes() == 0) throw std::invalid_argument("a fragment of no bytes is not fetched");
   auto work = std::make_shared<FetchWork>();
   post([this, tag, peers = std::move(peers), into = std::move(into), keep = std::move(keep), work,
-        follows](double) {
-    auto fetch = std::make_unique<StateFetch>(tag, ++next_fetch_, into, peers, follows);
+        kind, follows](double) {
+    auto fetch = std::make_unique<StateFetch>(tag, ++next_fetch_, into, peers, follows, kind);
     fetches_.push_back({std::move(fetch), work, keep});
   });
   return work;

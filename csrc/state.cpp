@@ -24,10 +24,11 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 // ---- StateStore
 
 void StateStore::publish(std::uint32_t tag, StatePieces pieces, std::uint64_t version,
-                         std::shared_ptr<const void> keep) {
+                         std::shared_ptr<const void> keep, std::uint64_t kind) {
   auto fragment = std::make_shared<Fragment>();
   fragment->pieces = std::move(pieces);
   fragment->version = version;
+  fragment->kind = kind;
   fragment->keep = std::move(keep);
   withdraw(tag);
   const std::lock_guard lock(mutex_);
@@ -119,7 +120,9 @@ StateAnswer StateStore::read(const Header& request, Header& reply, std::byte* ou
   const StatePieces& pieces = fragment->pieces;
   const std::uint64_t piece = request.a / kStateChunkBytes;
   reply.c = pieces.bytes();
-  if (pieces.bytes() != request.c || piece >= pieces.size()) return StateAnswer::unknown;
+  reply.b = fragment->kind;
+  const bool alike = request.b == 0 || fragment->kind == 0 || request.b == fragment->kind;
+  if (pieces.bytes() != request.c || piece >= pieces.size() || !alike) return StateAnswer::unknown;
   if (fragment->updating) return StateAnswer::busy;
   if (request.seq != kAnyVersion && request.seq != fragment->version) {
     return StateAnswer::other_version;
@@ -136,8 +139,13 @@ void StateStore::forget(PeerId peer) { asked_.erase(peer); }
 // ---- StateFetch
 
 StateFetch::StateFetch(std::uint32_t tag, std::uint32_t id, StatePieces into,
-                       const std::vector<PeerId>& peers, bool follows)
-    : tag_(tag), id_(id), into_(std::move(into)), follows_(follows), pieces_(into_.size()) {
+                       const std::vector<PeerId>& peers, bool follows, std::uint64_t kind)
+    : tag_(tag),
+      id_(id),
+      into_(std::move(into)),
+      follows_(follows),
+      kind_(kind),
+      pieces_(into_.size()) {
   progress_.total_bytes = into_.bytes();
   left_ = pieces_.size();
   heads_left_ = into_.heads();
@@ -169,6 +177,10 @@ std::size_t StateFetch::asked() const {
 StateProgress StateFetch::progress() const {
   StateProgress progress = progress_;
   progress.under_way = asked();
+  for (const auto& [peer, server] : servers_) {
+    progress.other_bytes = server.other_bytes;
+    if (server.other_bytes == 0) break;
+  }
   return progress;
 }
 
@@ -214,6 +226,7 @@ bool StateFetch::next_request(PeerId peer, double now, Header& header) {
   header.seq = follows_ ? kAnyVersion : progress_.version.value_or(kAnyVersion);
   header.spec_digest = id_;
   header.a = *piece * kStateChunkBytes;
+  header.b = kind_;
   header.c = progress_.total_bytes;
   return true;
 }
@@ -222,6 +235,12 @@ bool StateFetch::next_request(PeerId peer, double now, Header& header) {
 bool StateFetch::current(const Header& header) const {
   return header.tag == tag_ && header.spec_digest == id_ && header.a % kStateChunkBytes == 0 &&
          header.a / kStateChunkBytes < pieces_.size();
+}
+
+// What an answer says of its sender's fragment, if it has one.
+bool StateFetch::fits(const Header& header) const {
+  const bool alike = kind_ == 0 || header.b == 0 || header.b == kind_;
+  return header.c == 0 || (header.c == progress_.total_bytes && alike);
 }
 
 Incoming StateFetch::on_header(PeerId from, const Header& header, double now) {
@@ -252,6 +271,7 @@ Incoming StateFetch::on_header(PeerId from, const Header& header, double now) {
         server.not_before = now + kBehindPause_s;
       break;
     default:
+      server.other_bytes = fits(header) ? 0 : header.c;
       server.not_before = now + kDamagedPause_s;
       break;
   }
@@ -263,6 +283,7 @@ void StateFetch::on_payload(PeerId from, const Header& header, Incoming payload,
   if (it == servers_.end() || !current(header)) return;
   Server& server = it->second;
   server.heard = now;
+  server.other_bytes = 0;
   const auto piece = static_cast<std::uint32_t>(header.a / kStateChunkBytes);
   if (std::erase(server.asked, piece) == 0 || pieces_[piece].done) return;
   const std::size_t bytes = into_.bytes_of(piece);

@@ -33,7 +33,7 @@ enum class StateAnswer : std::uint32_t {
   here = 0,           // the payload is the chunk, at the version in `seq`
   busy = 1,           // being written to: ask again
   other_version = 2,  // `seq` is the version held
-  unknown = 3         // no such fragment, or of another size
+  unknown = 3         // no such fragment, or another one: `c` is its size, `b` its kind
 };
 
 struct StateArray {
@@ -71,8 +71,9 @@ class StatePieces {
 class StateStore {
  public:
   // Serves the buffers from where they lie, until they are published anew or withdrawn.
+  // `kind` is a digest of what the bytes mean (0: not said). Those of another kind are not served.
   void publish(std::uint32_t tag, StatePieces pieces, std::uint64_t version,
-               std::shared_ptr<const void> keep);
+               std::shared_ptr<const void> keep, std::uint64_t kind = 0);
   void withdraw(std::uint32_t tag);
   // Around every write to the buffers. begin_update waits for at most one chunk's copy.
   void begin_update(std::uint32_t tag);
@@ -92,6 +93,7 @@ class StateStore {
     StatePieces pieces;
     std::uint64_t version = 0;
     bool updating = false;
+    std::uint64_t kind = 0;
     std::shared_ptr<const void> keep;
   };
   std::shared_ptr<Fragment> find(std::uint32_t tag) const;
@@ -108,9 +110,10 @@ class StateStore {
 struct StateProgress {
   std::size_t bytes = 0, total_bytes = 0;
   std::optional<std::uint64_t> version;
-  std::uint32_t restarts = 0;  // the version moved
-  std::uint32_t damaged = 0;   // chunks whose digest was wrong
-  std::size_t under_way = 0;   // requests that are not answered
+  std::uint32_t restarts = 0;   // the version moved
+  std::uint32_t damaged = 0;    // chunks whose digest was wrong
+  std::size_t under_way = 0;    // requests that are not answered
+  std::size_t other_bytes = 0;  // what every server holds instead is so large; 0: it fits
 };
 
 class StateFetch {
@@ -119,7 +122,7 @@ class StateFetch {
   // moves, a fetch that `follows` keeps what it has: its caller moves that along (pause, lock,
   // advance), and pieces of later versions wait for it. Another one starts again.
   StateFetch(std::uint32_t tag, std::uint32_t id, StatePieces into,
-             const std::vector<PeerId>& peers, bool follows);
+             const std::vector<PeerId>& peers, bool follows, std::uint64_t kind = 0);
 
   void pause();  // asks for nothing until advance()
   // From now until advance() the arrays are the caller's. False when the fetch is done already.
@@ -144,6 +147,7 @@ class StateFetch {
     double heard = 0.0;
     double not_before = 0.0;
     std::uint32_t damaged = 0;
+    std::size_t other_bytes = 0;  // of its fragment, which is not ours
   };
   struct Piece {
     bool done = false;
@@ -157,6 +161,7 @@ class StateFetch {
   };
   std::optional<std::uint32_t> pick(const Server& server, double now) const;
   bool current(const Header& header) const;
+  bool fits(const Header& header) const;
   void queue(std::uint32_t piece);
   void give_back(Server& server);
   void restart(std::uint64_t version);
@@ -168,6 +173,7 @@ class StateFetch {
   const std::uint32_t tag_, id_;
   const StatePieces into_;
   const bool follows_;
+  const std::uint64_t kind_;
   bool paused_ = false, locked_ = false;
   std::map<PeerId, Server> servers_;
   std::vector<Piece> pieces_;

@@ -266,6 +266,12 @@ class Fetch:
     def bytes(self) -> int: ...
 
     @property
+    def other_bytes(self) -> int:
+        """
+        The size of what all servers hold instead: another size, or another kind. 0: it fits.
+        """
+
+    @property
     def total_bytes(self) -> int: ...
 
     @property
@@ -352,9 +358,9 @@ class Node:
         The chunks that are not there will never be: our contribution ends here.
         """
 
-    def publish(self, tag: int, arrays: list[Any], version: int) -> None:
+    def publish(self, tag: int, arrays: list[Any], version: int, kind: int = 0) -> None:
         """
-        Serves the arrays from where they lie: write to them only between begin_update and end_update.
+        Serves the arrays from where they lie: write to them only between begin_update and end_update. `kind`, a digest of what they are, is compared with the fetcher's.
         """
 
     def withdraw(self, tag: int) -> None: ...
@@ -365,7 +371,7 @@ class Node:
 
     def published_version(self, tag: int) -> int | None: ...
 
-    def fetch(self, tag: int, peers: Sequence[int], into: list[Any], follows: bool = False) -> Fetch:
+    def fetch(self, tag: int, peers: Sequence[int], into: list[Any], follows: bool = False, kind: int = 0) -> Fetch:
         """
         Pulls the fragment from these peers; the arrays belong to the fetch until it is done or cancelled. With `follows` it does not start again when the version moves: the caller moves what is there along, with pause_fetch, lock_fetch and advance_fetch.
         """

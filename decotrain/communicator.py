@@ -295,6 +295,7 @@ class Communicator:
         version: int = 0,
         effect: Callable[[Result], None] | None = None,
         shortcut: Shortcut | None = None,
+        layout: str = "",
     ) -> None:
         """Declare that the tag carries state: these tensors, at this version, bit-equal on peers.
 
@@ -303,13 +304,15 @@ class Communicator:
 
         `effect` does what a round does to the tensors and nothing else: a newcomer keeps up while
         it fetches. `shortcut` is something smaller that may do in their place (docs/state.md).
+        `layout` is what beside their shapes must be the same on all peers, such as the shapes that
+        a flat buffer stands for. Who holds other tensors gets StateError when it fetches.
         """
         if self._ready:
             raise StateError(
                 f"tag {tag} is registered after the first round: the run has been told what state"
                 " this peer holds; register every tag before the first round or catch_up"
             )
-        self._shared.register(tag, tensors, version, effect, shortcut)
+        self._shared.register(tag, tensors, version, effect, shortcut, layout)
 
     @contextmanager
     def updating(self, tag: int, version: int | None = None) -> Iterator[None]:

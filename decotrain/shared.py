@@ -7,9 +7,10 @@ come in between; tensors are written by the trainer's thread and by fetches it w
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,8 +55,29 @@ class Fragment:
     version: int
     effect: Effect | None
     shortcut: Shortcut | None
+    kind: int  # a digest of what the tensors are: who holds others does not serve us
     void: bool = False
     mixed: bool = False  # a fetch has begun to write to the tensors, and was not completed
+
+
+def kind_of(tensors: Sequence[Any], layout: str) -> int:
+    """A digest of their shapes and dtypes, and of what else must be the same. Names are not in it:
+    wrappers put words before them (`module.`, `_orig_mod.`)."""
+    facts = [f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in tensors]
+    text = "; ".join([*facts, layout])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") | 1
+
+
+def misfit(tag: int, theirs_bytes: int, ours_bytes: int) -> str:
+    """Why nobody can serve us."""
+    if theirs_bytes == ours_bytes:
+        what = f"the {ours_bytes} bytes of tag {tag} are tensors of other shapes or types"
+    else:
+        what = f"the state of tag {tag} has {theirs_bytes} bytes, and here {ours_bytes}"
+    return (
+        f"this is not the run's model: there {what}. Start this peer with the model and the outer"
+        " optimizer that the others have"
+    )
 
 
 class SharedState:
@@ -78,13 +100,15 @@ class SharedState:
         version: int,
         effect: Effect | None,
         shortcut: Shortcut | None,
+        layout: str = "",
     ) -> None:
         if not tensors or version < 0:
             raise StateError(f"tag {tag} needs at least one tensor and a version of at least 0")
         names = sorted(tensors)
         arrays = [tn.raw_bytes(tensors[name], f"{name} of tag {tag}") for name in names]
         total = sum(array.nbytes for array in arrays)
-        fragment = Fragment(arrays, total, version, effect, shortcut)
+        kind = kind_of([tensors[name] for name in names], layout)
+        fragment = Fragment(arrays, total, version, effect, shortcut, kind)
         if not fragment.bytes:
             raise StateError(f"the tensors of tag {tag} have no values")
         self.fragments[tag] = fragment
@@ -99,9 +123,9 @@ class SharedState:
             if shortcut is not None:
                 node.withdraw(shortcut.tag)
             return
-        node.publish(tag, fragment.arrays, fragment.version)
+        node.publish(tag, fragment.arrays, fragment.version, fragment.kind)
         if shortcut is not None:
-            node.publish(shortcut.tag, [shortcut.buffer], fragment.version)
+            node.publish(shortcut.tag, [shortcut.buffer], fragment.version, fragment.kind)
 
     def figures(self) -> dict[str, int]:
         """Counters, for status."""
@@ -243,7 +267,8 @@ class SharedState:
             if shortcut is not None and not fragment.mixed and self._by_shortcut(tag, shortcut):
                 return True
             fragment.mixed = True
-            work = node.fetch(tag, servers, fragment.arrays, follows=fragment.effect is not None)
+            follows = fragment.effect is not None
+            work = node.fetch(tag, servers, fragment.arrays, follows, fragment.kind)
             if not self._wait_for(node, work, servers, tag):
                 node.cancel(work)
                 return False
@@ -262,7 +287,8 @@ class SharedState:
             node = comm._agent.shared.node
             found = shortcut.buffer.copy()
             began_s = time.monotonic()
-            work = node.fetch(shortcut.tag, [server], [found])
+            kind = self.fragment(tag).kind
+            work = node.fetch(shortcut.tag, [server], [found], False, kind)
             if not self._wait_for(node, work, [server], shortcut.tag):
                 node.cancel(work)
                 continue
@@ -290,6 +316,9 @@ class SharedState:
             here = {row[0] for row in shared.members}
             if shared.node is not node or not here.issuperset(servers):
                 return False
+            if work.other_bytes:
+                node.cancel(work)
+                raise StateError(misfit(tag, work.other_bytes, work.total_bytes))
             if not self._follow(node, work, tag):
                 return False
             if work.bytes != bytes_before:

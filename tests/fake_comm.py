@@ -106,7 +106,9 @@ class FakeComm:
     def active(self) -> bool:
         return self.peer in self.run.active
 
-    def register_state(self, tag: int, tensors: Any, version: int = 0, effect: Any = None) -> None:
+    def register_state(
+        self, tag: int, tensors: Any, version: int = 0, effect: Any = None, layout: str = ""
+    ) -> None:
         with self.run.changed:
             self.state[tag], self.versions[tag], self.next_seq[tag] = tensors, version, version
 

@@ -21,7 +21,7 @@ class FakeNode:
         self.said: list[tuple[Any, ...]] = []
         self.results: list[Any] = []
 
-    def publish(self, tag: int, arrays: list[Any], version: int) -> None:
+    def publish(self, tag: int, arrays: list[Any], version: int, kind: int) -> None:
         self.said.append(("publish", tag, version))
 
     def withdraw(self, tag: int) -> None:

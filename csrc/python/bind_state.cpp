@@ -49,23 +49,24 @@ StatePieces pieces_of(const Items& items, std::vector<Array>& arrays) {
   return StatePieces(out);
 }
 
-void publish(Node& node, std::uint32_t tag, const Items& items, std::uint64_t version) {
+void publish(Node& node, std::uint32_t tag, const Items& items, std::uint64_t version,
+             std::uint64_t kind) {
   release_dropped();
   std::vector<ReadArray> arrays;
   StatePieces pieces = pieces_of(items, arrays);
   auto keep = keep_arrays(std::move(arrays));
   const nb::gil_scoped_release released;
-  node.store().publish(tag, std::move(pieces), version, std::move(keep));
+  node.store().publish(tag, std::move(pieces), version, std::move(keep), kind);
 }
 
 std::shared_ptr<FetchWork> fetch(Node& node, std::uint32_t tag, std::vector<PeerId> peers,
-                                 const Items& into, bool follows) {
+                                 const Items& into, bool follows, std::uint64_t kind) {
   release_dropped();
   std::vector<WriteArray> arrays;
   StatePieces pieces = pieces_of(into, arrays);
   auto keep = keep_arrays(std::move(arrays));
   const nb::gil_scoped_release released;
-  return node.fetch(tag, std::move(peers), std::move(pieces), follows, std::move(keep));
+  return node.fetch(tag, std::move(peers), std::move(pieces), follows, std::move(keep), kind);
 }
 
 }  // namespace
@@ -94,6 +95,9 @@ void bind_fetch(nb::module_& m) {
           "version", [](const FetchWork& work) { return work.progress().version; },
           "Of the pieces here; final when done.")
       .def_prop_ro("bytes", [](const FetchWork& work) { return work.progress().bytes; })
+      .def_prop_ro(
+          "other_bytes", [](const FetchWork& work) { return work.progress().other_bytes; },
+          "The size of what all servers hold instead: another size, or another kind. 0: it fits.")
       .def_prop_ro("total_bytes", [](const FetchWork& work) { return work.progress().total_bytes; })
       .def_prop_ro(
           "restarts", [](const FetchWork& work) { return work.progress().restarts; },
@@ -104,9 +108,9 @@ void bind_fetch(nb::module_& m) {
 }
 
 void bind_state(nb::class_<Node>& node) {
-  node.def("publish", &publish, "tag"_a, "arrays"_a, "version"_a,
+  node.def("publish", &publish, "tag"_a, "arrays"_a, "version"_a, "kind"_a = 0,
            "Serves the arrays from where they lie: write to them only between begin_update and "
-           "end_update.")
+           "end_update. `kind`, a digest of what they are, is compared with the fetcher's.")
       .def(
           "withdraw", [](Node& n, std::uint32_t tag) { n.store().withdraw(tag); }, "tag"_a, Guard())
       .def(
@@ -122,7 +126,7 @@ void bind_state(nb::class_<Node>& node) {
           "published_version", [](Node& n, std::uint32_t tag) { return n.store().version(tag); },
           "tag"_a)
       .def(
-          "fetch", &fetch, "tag"_a, "peers"_a, "into"_a, "follows"_a = false,
+          "fetch", &fetch, "tag"_a, "peers"_a, "into"_a, "follows"_a = false, "kind"_a = 0,
           "Pulls the fragment from these peers; the arrays belong to the fetch until it is done or "
           "cancelled. With `follows` it does not start again when the version moves: the caller "
           "moves what is there along, with pause_fetch, lock_fetch and advance_fetch.")

@@ -278,6 +278,39 @@ TEST_CASE("a store answers no nonsense and keeps few requests") {
   CHECK(rest < int(kStateQueuedMax));
 }
 
+TEST_CASE("a fetch says when every server holds something else") {
+  std::vector<std::byte> into(kBytes);
+  StateStore same;
+  StateStore other;
+  std::vector<std::byte> bytes(kBytes);
+  std::vector<std::byte> longer(kBytes + 4);
+  same.publish(3, in_pieces(bytes), 5, {}, 77);
+  other.publish(3, in_pieces(longer), 5, {}, 77);
+  const auto asked = [&](StateFetch& fetch, PeerId peer, StateStore& store, double now) {
+    Header request;
+    if (!fetch.next_request(peer, now, request)) return;
+    store.on_request(9, request);
+    OutFrame frame;
+    REQUIRE(store.next_reply(9, frame));
+    fetch.on_header(peer, frame.header, now);
+  };
+  StateFetch fetch(3, 1, in_pieces(into), {1, 2}, false, 77);
+  asked(fetch, 1, other, 1.0);
+  CHECK(fetch.progress().other_bytes == 0);  // the second one may have ours
+  asked(fetch, 2, other, 1.0);
+  CHECK(fetch.progress().other_bytes == kBytes + 4);
+  StateFetch of_another_kind(3, 2, in_pieces(into), {1}, false, 78);
+  asked(of_another_kind, 1, same, 1.0);
+  CHECK(of_another_kind.progress().other_bytes == kBytes);
+  StateFetch of_any_kind(3, 3, in_pieces(into), {1}, false);
+  asked(of_any_kind, 1, same, 1.0);
+  CHECK(of_any_kind.progress().other_bytes == 0);
+  StateStore empty;
+  StateFetch of_nothing(3, 4, in_pieces(into), {1}, false, 77);
+  asked(of_nothing, 1, empty, 1.0);
+  CHECK(of_nothing.progress().other_bytes == 0);
+}
+
 TEST_CASE("answers that nobody asked for become nothing") {
   std::vector<std::byte> into(kBytes);
   StateFetch fetch(3, 1, in_pieces(into), {1}, false);

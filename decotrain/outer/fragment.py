@@ -63,6 +63,11 @@ class Fragment:
         self.push()
 
     @property
+    def layout(self) -> str:
+        """The shapes that theta stands for: a model of as many values is another one."""
+        return " ".join(str(list(parameter.shape)) for parameter in self.parameters.values())
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """What is shared, where it is served from. The allotment is the first by name: so it is in
         one piece of a fetch (docs/state.md), and a round that ends meanwhile moves it whole."""

@@ -99,7 +99,8 @@ class OuterOptimizer:
         versions = saved.load(self, state) if state else [0] * len(self.fragments)
         for fragment, version in zip(self.fragments, versions, strict=True):
             effect = self._effect_on(fragment) if update.elementwise else None
-            comm.register_state(fragment.tag, fragment.state, version, effect)
+            layout = fragment.layout
+            comm.register_state(fragment.tag, fragment.state, version, effect, layout=layout)
         self._start(versions)
 
     # --- starting
