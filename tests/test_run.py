@@ -114,6 +114,20 @@ def test_several_processes_are_one_group_with_prefixed_lines(run_dir: Path) -> N
     assert len(list((run_dir / "logs").rglob("stdout.log"))) == 2
 
 
+def test_output_that_is_redirected_to_nowhere_in_particular_is_kept_and_named(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(run_dir))
+    with Started(run_dir, TELL, "--standalone", "-r", "3") as started:
+        code, out, errors = started.end()
+    assert (code, out) == (0, "")
+    said = next(line for line in errors.splitlines() if "output goes to" in line)
+    folder = Path(said.partition("output goes to ")[2].partition(" ")[0])
+    kept = [path.read_text() for path in folder.rglob("stdout.log")]
+    assert len(kept) == 1
+    assert kept[0].startswith("told ")
+
+
 def test_a_failed_script_is_started_again_as_a_new_incarnation(
     run_dir: Path, coordinator: ServerThread
 ) -> None:

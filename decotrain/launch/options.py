@@ -98,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-restarts", "--max_restarts", type=int, default=RESTARTS, metavar="N",
         help=f"how often a script that failed is started again (default {RESTARTS})")  # fmt: skip
     add("--monitor-interval", "--monitor_interval", type=float, default=0.1, metavar="SECONDS")
-    add("--log-dir", "--log_dir", type=Path, metavar="FOLDER", help="where --redirects write")
+    add("--log-dir", "--log_dir", type=Path, metavar="FOLDER",
+        help="where --redirects write; default: a folder in TMPDIR, which is named")  # fmt: skip
     add("-r", "--redirects", default="0", choices=STREAMS,
         help="to files: 0 nothing, 1 stdout, 2 stderr, 3 both")  # fmt: skip
     add("-t", "--tee", choices=STREAMS,

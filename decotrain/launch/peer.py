@@ -97,8 +97,8 @@ class Peer:
                     signal.signal(number, handler)
 
     def _run_group(self, stack: ExitStack) -> int:
-        folder = self.options.log_folder
         try:
+            folder = self.options.log_folder or self._kept_folder()
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="decotrain-"))
             logs = DefaultLogsSpecs(
                 log_dir=str(folder or scratch),
@@ -129,6 +129,15 @@ class Peer:
         where = f"; its output is in {folder}" if folder else ""
         print(f"decotrain: {describe_failures(result)}{where}", file=sys.stderr)
         return 1
+
+    def _kept_folder(self) -> Path | None:
+        """For what --redirects takes from the terminal, when nobody says where: kept and named, as
+        torchrun does. What is shown as well goes to a folder that ends with us."""
+        if self.options.redirects == "0":
+            return None
+        folder = Path(tempfile.mkdtemp(prefix="decotrain-logs-"))
+        _say(f"output goes to {folder} (--log-dir names another folder)")
+        return folder
 
     def _set_environment(self, farewell: Path) -> None:
         """torch's agent gives its own environment to the processes."""
