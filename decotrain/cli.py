@@ -1,13 +1,15 @@
 """The command line: `decotrain train`, `finetune`, `run` and others; operate.py has the rest.
 
 Imports neither torch nor hydra before they are needed: help, a coordinator and an error about bad
-input are there at once. Whatever the user did wrong is one line on stderr and exit code 2.
+input are there at once. Whatever the user did wrong is one line on stderr and exit code 2; that
+nobody answers at an address is one with exit code 3, since trying again may help.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -76,6 +78,7 @@ Keys (hydra syntax):
 FLAGS = {"-m": 0, "--multirun": 0, "--resolve": 0, "--cfg": 1, "-c": 1, "--config-dir": 1, "-cd": 1}
 JOBS = {"train": TRAIN_HELP, "finetune": FINETUNE_HELP}
 MESSAGE_MAX = 400
+UNREACHABLE = 3  # exit code: nobody answers there, or the name does not resolve (yet)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,9 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"unknown command {words[0]!r}; there are {', '.join(commands)} (decotrain --help)"
             )
-        return commands[words[0]](words[1:])
+        code = commands[words[0]](words[1:])
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        return code
     except Error as error:
-        return _fail(error, 2)
+        return _fail(error, code_of(error))
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fail at the exit
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 130
 
@@ -132,6 +140,11 @@ def _seeds(words: list[str]) -> int:
     from decotrain.spsa import commands  # imports torch
 
     return commands.main(words)
+
+
+def code_of(error: Error) -> int:
+    """The exit code of an error before anything is started."""
+    return UNREACHABLE if isinstance(error, UnreachableError) else 2
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -182,7 +195,8 @@ def _by_hydra(command: str, words: list[str]) -> int:
             code = _launch(command, config)
         except Error as error:  # else hydra would wrap it, and go on with the sweep
             wrong = ConfigError | RefusedError | UnreachableError  # as before anything is started
-            raise SystemExit(_fail(error, 2 if isinstance(error, wrong) else 1)) from None
+            code = code_of(error) if isinstance(error, wrong) else 1
+            raise SystemExit(_fail(error, code)) from None
         codes.append(code)
         if code:
             raise SystemExit(code)
@@ -193,6 +207,8 @@ def _by_hydra(command: str, words: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(configs()), config_name=command)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}; choose another folder") from error
     except SystemExit as stopped:

@@ -26,8 +26,8 @@ from decotrain.control.coordinator import Options
 from decotrain.control.maps import SLOTS
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Secret, find, whole
-from decotrain.control.transport import check_name, check_trust, split_address, with_port
-from decotrain.errors import ConfigError, UnreachableError
+from decotrain.control.transport import check_name, check_trust, no_answer, split_address
+from decotrain.errors import ConfigError
 from decotrain.farewell import FILE
 
 if TYPE_CHECKING:
@@ -277,8 +277,5 @@ def wait_for_welcome(comm: Communicator, address: str, timeout_s: float | None) 
         while not shared.welcome:
             comm._check_over()
             if time.monotonic() >= deadline_s:
-                raise UnreachableError(
-                    f"no coordinator answers at {with_port(address)} within {timeout_s:g} s: check"
-                    " the address, that it runs, and that the port is open"
-                )
+                raise no_answer(address, timeout_s or 0.0)
             shared.changed.wait(WAIT_SLICE_S)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from decotrain.control.coordinator import Options
+from decotrain.control.server import ServerThread
 
 
 def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,8 +32,8 @@ def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Compl
     )
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode == 2, done.stderr
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:
+    assert done.returncode == code, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("decotrain: ")
@@ -122,8 +126,30 @@ def test_status_of_nobody(run_dir: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert_refused(run(["status", f"127.0.0.1:{port}"], run_dir), "no coordinator answers")
-    assert_refused(run(["train", f"join=127.0.0.1:{port}"], run_dir), "no coordinator answers")
+    parts = ("no coordinator answers", "connection refused")
+    assert_refused(run(["status", f"127.0.0.1:{port}"], run_dir), *parts, code=3)
+    assert_refused(run(["train", f"join=127.0.0.1:{port}"], run_dir), *parts, code=3)
+
+
+@pytest.mark.parametrize("words", [["status", "--watch", "--json"], ["token", "new"]])
+def test_who_reads_no_further_is_no_traceback(run_dir: Path, words: list[str]) -> None:
+    server = ServerThread(Options())
+    address = [server.address] if "status" in words else []
+    try:
+        made = subprocess.Popen(
+            [sys.executable, "-m", "decotrain.cli", *words, *address],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert made.stdout is not None
+        made.stdout.close()  # as `head` does when it has its lines
+        assert made.stderr is not None
+        with made.stderr:
+            errors = made.stderr.read()
+        assert made.wait(timeout=100) == 128 + signal.SIGPIPE
+    finally:
+        server.stop()
+    assert errors == ""
 
 
 def test_a_new_token_goes_into_a_file_of_its_own(run_dir: Path) -> None:

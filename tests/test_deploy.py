@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from decotrain import operate
+from decotrain import cli, operate
+from decotrain.errors import ConfigError, UnreachableError
 from decotrain.launch import options
 from tests.tree import ROOT
 
@@ -85,9 +89,39 @@ def test_systemd_accepts_the_units(unit: Path, tmp_path: Path) -> None:
     assert "[Service]" in text
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_the_steps_of_the_units_work_in_their_order(unit: Path, run_dir: Path) -> None:
+    """Each file lands in a folder that is there by then, readable by the service and nobody else.
+    Users and systemd are left out; folders of the system are below a new one."""
+    steps = []
+    for line in unit.read_text().splitlines():
+        if (found := re.match(r"#   sudo (.*)", line)) and not re.match(
+            "useradd|systemctl", found[1]
+        ):
+            step = re.sub(r" -o decotrain -g decotrain|^-u decotrain ", "", found[1])
+            step = step.replace("/usr/local/bin/decotrain", f"{sys.executable} -m decotrain.cli")
+            steps.append(re.sub(r" /(var|srv|etc)/", rf" {run_dir}/\1/", step))
+    (run_dir / "etc" / "systemd" / "system").mkdir(parents=True)
+    for name in (unit.name, "train.py", "run.token"):
+        (run_dir / name).touch()
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(steps)], cwd=run_dir, capture_output=True, text=True,
+        check=False, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    named = re.search(r"--token-file (\S+)", unit.read_text())
+    assert named is not None
+    token = run_dir / named[1].lstrip("/")
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_exit_codes_of_the_units_are_those_of_the_launcher() -> None:
     peer = (DEPLOY / "decotrain-peer.service").read_text()
-    assert "RestartPreventExitStatus=2" in peer
+    assert re.findall(r"^RestartPreventExitStatus=(.*)", peer, re.MULTILINE) == ["2"]
+    assert cli.code_of(ConfigError("wrong")) == 2
+    assert cli.code_of(UnreachableError("away for a while")) not in (0, 2)
+    assert f"SuccessExitStatus={128 + signal.SIGTERM}" in peer
     stop_s = int(re.search(r"TimeoutStopSec=(\d+)", peer)[1])  # type: ignore[index]
     assert stop_s > 30  # that long the launcher waits for its script
     pods = [one for one in yaml.safe_load_all(MANIFEST.read_text()) if one["kind"] == "Deployment"]

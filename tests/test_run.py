@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,16 +222,35 @@ def test_options() -> None:
 def test_no_way_to_the_run_is_one_line(
     run_dir: Path, coordinator: ServerThread, wrong: str
 ) -> None:
-    address, run, part = {
-        "run": (coordinator.address, "other", "this is run 'test', not 'other'"),
-        "address": ("127.0.0.1:1", "test", "no coordinator answers at 127.0.0.1:1"),
-        "name": ("no-such-host.invalid:29400", "test", "the name no-such-host.invalid does not"),
+    """What may be well later has an exit code of its own, for services that start us again."""
+    address, run, part, expected = {
+        "run": (coordinator.address, "other", "this is run 'test', not 'other'", 2),
+        "address": ("127.0.0.1:1", "test", "no coordinator answers at 127.0.0.1:1", 3),
+        "name": ("no-such-host.invalid:29400", "test", "the name no-such-host.invalid does not", 3),
     }[wrong]
     with Started(run_dir, TELL, "--join", address, "--run", run) as started:
         code, out, errors = started.end()
-    assert (code, out) == (2, "")
+    assert (code, out) == (expected, "")
     assert len(errors.splitlines()) == 1, errors
     assert errors.startswith("decotrain: ")
+    assert part in errors
+
+
+@pytest.mark.parametrize("wrong", ["port", "address"])
+def test_an_address_that_cannot_be_had_is_one_line_and_no_restart(
+    run_dir: Path, coordinator: ServerThread, wrong: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen, part = {
+            "port": (f"127.0.0.1:{taken.getsockname()[1]}", "another process has the port: stop"),
+            "address": ("192.0.2.1", "this machine does not have the address"),
+        }[wrong]
+        options = ("--join", coordinator.address, "--run", "test", "--listen", listen)
+        with Started(run_dir, JOIN, *options, "--insecure") as started:
+            code, out, errors = started.end()
+    assert (code, out) == (2, "")
+    assert len(errors.splitlines()) == 1, errors
+    assert errors.startswith(f"decotrain: cannot listen on tcp://{listen}")
     assert part in errors
 
 

@@ -12,8 +12,8 @@ import zmq
 
 from decotrain.control import messages as m
 from decotrain.control.token import Secret, find
-from decotrain.control.transport import Handshakes, check_name, connect_dealer, with_port
-from decotrain.errors import ConfigError, MessageError, RefusedError, UnreachableError
+from decotrain.control.transport import Handshakes, check_name, connect_dealer, no_answer
+from decotrain.errors import ConfigError, MessageError, RefusedError
 
 LOOK_S = 0.05
 
@@ -51,10 +51,7 @@ def _await(socket: zmq.Socket[Any], handshakes: Handshakes, timeout_s: float) ->
         if wrong is not None:
             raise RefusedError(wrong)
         if time.monotonic() >= end_s:
-            raise UnreachableError(
-                f"no coordinator answers at {with_port(handshakes.address)} within {timeout_s:g} s:"
-                " check the address, that it runs, and that the port is open"
-            )
+            raise no_answer(handshakes.address, timeout_s)
 
 
 def status(

@@ -19,7 +19,7 @@ from zmq.utils import z85
 
 from decotrain.control.messages import MESSAGE_BYTES_MAX
 from decotrain.control.token import VARIABLE, PeerKey, Secret, Token
-from decotrain.errors import ConfigError
+from decotrain.errors import ConfigError, UnreachableError
 
 DEFAULT_PORT = 29400
 INSECURE = "DECOTRAIN_INSECURE"
@@ -29,6 +29,7 @@ FAILURES_MAX = 3  # handshakes in a row, before it is no accident
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"  # ZMTP 3.1, as far as the other side waits for it
 GREETING_BYTES = 64
 PROBE_S = 2.0
+LAST_LOOK_S = 0.5  # at an address whose coordinator did not answer in time
 ZMQ_MIN = (4, 3, 5)  # older ones have known holes before authentication
 TAIL_BYTES = 16  # of a peer's routing id: random, known to it and the coordinator
 
@@ -64,10 +65,28 @@ def check_name(address: str) -> None:
     try:
         sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(
+        raise UnreachableError(  # as while a machine starts: it may come
             f"the name {host} does not resolve ({error.strerror or error}): check its spelling and"
             " this machine's network, or give the number of the address"
         ) from None
+
+
+def no_answer(address: str, seconds: float) -> UnreachableError:
+    """No coordinator has answered in that time. A connection tells who is at fault."""
+    try:
+        sockets.create_connection(split_address(address), timeout=LAST_LOOK_S).close()
+    except ConnectionRefusedError:
+        why = "nothing listens on that port (connection refused): check the address, and that it"
+        why += " runs"
+    except OSError as error:
+        why = f"no connection ({error.strerror or error}): check the address, that the machine is"
+        why += " up, and that the port is open"
+    else:
+        why = "a connection is made, and no coordinator speaks: check host and port, and that it is"
+        why += " not stopped"
+    return UnreachableError(
+        f"no coordinator answers at {with_port(address)} within {seconds:g} s: {why}"
+    )
 
 
 def endpoint(host: str, port: int) -> str:

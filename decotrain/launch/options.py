@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decotrain.control import messages as m
+from decotrain.control.fields import given
 from decotrain.errors import ConfigError
 
 PROCESSES_MAX = 1024
@@ -25,7 +27,8 @@ under torchrun; other machines are reached through decotrain and not counted the
 """
 EPILOG = """\
 exit code: 0 all processes ended well; 1 a process failed more often than --max-restarts; 2 wrong
-options, or no coordinator; 128 + n ended by signal n.
+options, refused or kicked: starting again does not help; 3 no coordinator answers, or its name does
+not resolve: later it may; 128 + n ended by signal n.
 """
 
 
@@ -135,6 +138,10 @@ def parse(words: Sequence[str]) -> Options:
     if asked.dial_only and (asked.listen or asked.advertise):
         raise ConfigError("--dial-only says that nobody reaches this machine: leave out"
                           " --listen and --advertise")  # fmt: skip
+    given("--run", m.name, asked.run)
+    if asked.name:
+        given("--name", m.name, asked.name)
+    given("--region", m.region, asked.region or "")
     processes = _processes(asked.nproc_per_node)
     return Options(
         join=join,
