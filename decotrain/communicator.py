@@ -29,6 +29,7 @@ from decotrain._core import Node
 from decotrain.contribution import Given, draw_chance, flat
 from decotrain.control import member as mb
 from decotrain.control.agent import Agent
+from decotrain.control.messages import fitting
 from decotrain.errors import (
     AbandonedError,
     LeftError,
@@ -358,11 +359,7 @@ class Communicator:
 
     def set_figures(self, figures: Mapping[str, float | int | str]) -> None:
         """Small figures for status (step, loss, tokens_per_s, ...), sent with heartbeats."""
-        clean = {
-            str(key)[:32]: value[:128] if isinstance(value, str) else value
-            for key, value in list(figures.items())[:32]
-            if isinstance(value, str) or math.isfinite(value)
-        }
+        clean = fitting(figures)
 
         def keep() -> None:
             self._agent.member.figures = clean

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from decotrain.control import member as mb
+from decotrain.control import messages as m
 from decotrain.control.agent import new_peer_id
 from decotrain.control.coordinator import Options
+from decotrain.control.fields import given
 from decotrain.control.maps import SLOTS
 from decotrain.control.server import ServerThread
 from decotrain.control.token import Secret, find, whole
@@ -119,17 +121,30 @@ def ask(
         name=name or os.environ.get("DECOTRAIN_NAME") or f"{socket.gethostname()}:{os.getpid()}",
         host=socket.gethostname(),
         launch=os.environ.get("DECOTRAIN_LAUNCH", ""),
-        region=os.environ.get("DECOTRAIN_REGION", "")[:64],
-        config=dict(config) if config is not None else None,
+        region=os.environ.get("DECOTRAIN_REGION", ""),
+        config=m.plain(config) if config is not None else None,
         min_peers=min_peers or 0,
         share=float(places != [UNIX]),  # who cannot be dialled owns nothing
         slot=slot,
     )
+    _check(who, told)
     server = None
     if address == "local":
         server = ServerThread(Options(run=run, min_peers=1), token=whole(token, token_file))
         address = server.address
     return Asked(address, who, token, fingerprint(run, token), places, told, server)
+
+
+def _check(who: mb.Identity, told: Sequence[str]) -> None:
+    """What a person chose, as the coordinator will: it drops a hello that is none, and then it
+    would look as if nobody answered."""
+    given("run", m.name, who.run)
+    given("name", m.name, who.name)
+    given("DECOTRAIN_REGION", m.region, who.region)
+    given("DECOTRAIN_LAUNCH", m.launch, who.launch)
+    given("min_peers", m.min_peers, who.min_peers)
+    for place in told:
+        given("advertise", m.address, place)
 
 
 def path_options() -> dict[str, Any]:

@@ -47,6 +47,11 @@ def coordinator(words: list[str]) -> int:
     parser.add_argument("--metrics", metavar="HOST:PORT", help="a page for Prometheus, plain HTTP")
     parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
+    from decotrain.control import messages as m
+    from decotrain.control.fields import given
+
+    given("--run", m.name, asked.run)
+    given("--min-peers", m.min_peers, asked.min_peers)
     if asked.with_parent:
         end_with_parent()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)  # to stderr
@@ -141,8 +146,11 @@ def status(words: list[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     asked = parser.parse_args(words)
     from decotrain.control import client
+    from decotrain.control import messages as m
+    from decotrain.control.fields import given
     from decotrain.control.token import find
 
+    given("--run", m.run_or_any, asked.run)
     token = find(asked.token_file)
     while True:
         known = client.status(asked.address, asked.run, token=token)
@@ -293,8 +301,13 @@ def _leave_out(command: str, description: str | None, words: list[str]) -> int:
     _add_token(parser)
     asked = parser.parse_args(words)
     from decotrain.control import client
+    from decotrain.control import messages as m
+    from decotrain.control.fields import given
     from decotrain.control.token import find
 
+    given("--run", m.name, asked.run)
+    given("PEER", m.peer_name, asked.peer)
+    given("--reason", m.note, asked.reason)
     who = client.kick(
         asked.address,
         asked.run,

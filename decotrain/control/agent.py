@@ -28,7 +28,7 @@ from decotrain.control.effects import identity
 from decotrain.control.measures import Meter
 from decotrain.control.token import Secret
 from decotrain.control.transport import TAIL_BYTES, Handshakes, connect_dealer, with_port
-from decotrain.errors import MessageError
+from decotrain.errors import ConfigError, MessageError
 
 TICK_S = 0.05
 DOUBTS = ("diverged", "late_done", "refused", "spec_mismatch")
@@ -280,8 +280,7 @@ class Agent:
 
     def _carry(self, effect: Any) -> None:
         if isinstance(effect, mb.Say):
-            with suppress(zmq.Again):  # nobody there: everything is repeated
-                self.socket.send(m.encode(effect.message), zmq.NOBLOCK)
+            self._say(effect.message)
         elif isinstance(effect, mb.EngineFreeze):
             report = self.node.freeze(*effect.freeze)
             self._step(mb.Reported(effect.freeze, report))
@@ -297,6 +296,18 @@ class Agent:
                 self.shared.routes = effect.routes
         elif isinstance(effect, mb.Tell):
             self._tell(effect)
+
+    def _say(self, message: Any) -> None:
+        try:
+            data = m.encode(message)
+        except ConfigError as error:
+            if isinstance(message, m.Hello):  # it would be said for ever, and never heard
+                self._end("refused", str(error))
+            else:
+                logger.warning("not said to the coordinator: %s", error)
+            return
+        with suppress(zmq.Again):  # nobody there: everything is repeated
+            self.socket.send(data, zmq.NOBLOCK)
 
     def _install(self, effect: mb.EngineInstall) -> None:
         if effect.void:

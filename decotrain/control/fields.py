@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from decotrain.errors import MessageError
+from decotrain.errors import ConfigError, MessageError
 
 Check = Callable[[Any], Any]
 
@@ -48,7 +48,7 @@ def text(length_max: int, length_min: int = 0) -> Check:
                 f"expected text of {length_min}..{length_max} characters, got {brief(value)}"
             )
         if not value.isprintable():
-            raise MessageError("a text contains control characters")
+            raise MessageError(f"a text contains control characters: {brief(value)}")
         return value
 
     return check
@@ -115,12 +115,19 @@ def optional(item: Check) -> Check:
     return check
 
 
+class _BoundError(Exception):
+    pass
+
+
 def tree(depth_max: int, items_max: int) -> Check:
     """Plain data (maps with text keys, lists, numbers, text), bounded in depth and items."""
 
     def check(value: Any) -> Any:
-        left = [items_max]
-        return _tree(value, depth_max, left)
+        try:
+            return _tree(value, depth_max, [items_max])
+        except _BoundError:
+            bounds = f"at most {items_max} items and {depth_max} levels"
+            raise MessageError(f"too large or too deep: {bounds} are taken") from None
 
     return check
 
@@ -128,7 +135,7 @@ def tree(depth_max: int, items_max: int) -> Check:
 def _tree(value: Any, depth: int, left: list[int]) -> Any:
     left[0] -= 1
     if left[0] < 0 or depth < 0:
-        raise MessageError("a configuration is too large or too deep")
+        raise _BoundError
     if value is None or type(value) in (bool, str):
         return value
     if type(value) is int and -(2**63) <= value <= U64:
@@ -137,7 +144,10 @@ def _tree(value: Any, depth: int, left: list[int]) -> Any:
         return value
     if type(value) is list:
         return [_tree(entry, depth - 1, left) for entry in value]
-    if type(value) is dict and all(type(key) is str for key in value):
+    if type(value) is dict:
+        odd = [key for key in value if type(key) is not str]
+        if odd:
+            raise MessageError(f"a key that is no text: {brief(odd[0])}")
         return {key: _tree(entry, depth - 1, left) for key, entry in value.items()}
     raise MessageError(f"not plain data: {brief(value)}")
 
@@ -148,6 +158,15 @@ def within(name: str, item: Check, value: Any) -> Any:
         return item(value)
     except MessageError as error:
         raise MessageError(f"{name}: {error}") from None
+
+
+def given(name: str, item: Check, value: Any) -> Any:
+    """The same for what a person gave, who is told at once and by the name used for it: a message
+    that is none is dropped where it comes to, and nobody there knows whose it was."""
+    try:
+        return within(name, item, value)
+    except MessageError as error:
+        raise ConfigError(str(error)) from None
 
 
 def brief(value: Any) -> str:

@@ -9,7 +9,9 @@ their own (maps.py). Nothing here knows sockets or what a message means; docs/pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral
 from typing import Annotated, Any, get_type_hints
 
 import msgpack
@@ -18,6 +20,7 @@ from decotrain.control import maps
 from decotrain.control.fields import (
     blob,
     boolean,
+    given,
     integer,
     mapping,
     number,
@@ -32,7 +35,7 @@ from decotrain.control.fields import (
     u64,
     within,
 )
-from decotrain.errors import MessageError
+from decotrain.errors import ConfigError, MessageError
 
 PROTOCOL = 4
 MESSAGE_BYTES_MAX = 16 << 20  # a report names every chunk of every open round
@@ -40,15 +43,21 @@ CONFIG_BYTES_MAX = 256 << 10
 FIGURES_MAX = 40
 PEERS_MAX = 64
 ADDRESSES_MAX = 8
-ASKED_TO_LEAVE = "asked to leave by an operator"
 NOTE_MAX = 512
+ASKED_TO_LEAVE = "asked to leave by an operator"
 
 name = text(128, 1)
 note = text(NOTE_MAX)
 peer_id = integer(1, 2**64 - 1)
-addresses = sequence(text(256, 1), ADDRESSES_MAX)
+address = text(256, 1)
+addresses = sequence(address, ADDRESSES_MAX)
 freeze_id = row(u32, u64)
 view_member = row(peer_id, u8, boolean)  # peer, slot, active
+region = text(64)
+launch = text(128)
+run_or_any = text(128)  # empty: whatever runs there
+peer_name = text(128)
+min_peers = integer(0, PEERS_MAX)
 figures = mapping(text(32, 1), lambda value: _figure(value), FIGURES_MAX)
 contact = record(
     peer=peer_id,
@@ -63,6 +72,15 @@ def _figure(value: Any) -> Any:
     return text(128)(value) if type(value) is str else number(-1e30, 1e30)(value)
 
 
+def config(value: Any) -> Any:
+    """What a run is configured with: plain data, bounded in depth, items and bytes."""
+    value = tree(8, 4096)(value)
+    size = len(msgpack.packb(value))
+    if size > CONFIG_BYTES_MAX:
+        raise MessageError(f"{size} bytes; at most {CONFIG_BYTES_MAX} are taken")
+    return value
+
+
 @dataclass(frozen=True)
 class Hello:
     """Joins, or registers again with a coordinator that does not know us."""
@@ -72,14 +90,14 @@ class Hello:
     peer: Annotated[int, peer_id]
     name: Annotated[str, name]
     host: Annotated[str, text(256)]
-    launch: Annotated[str, text(128)]  # who started us, equal for the process that replaces us
-    region: Annotated[str, text(64)]  # for people
+    launch: Annotated[str, launch]  # who started us, equal for the process that replaces us
+    region: Annotated[str, region]  # for people
     version: Annotated[str, text(64)]  # of decotrain, for people; `protocol` is what has to fit
     addresses: Annotated[list[str], addresses]  # of its data plane
     key: Annotated[bytes, blob(0, 64)]  # its own; what the coordinator saw, whatever it says
     share: Annotated[float, number(0, 1e6)]
-    config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
-    min_peers: Annotated[int, integer(0, PEERS_MAX)]  # 0: no wish
+    config: Annotated[dict[str, Any] | None, optional(config)]
+    min_peers: Annotated[int, min_peers]  # 0: no wish
     ready: Annotated[bool, boolean]  # has declared its state: may be in a view
     void: Annotated[bool, boolean]  # comes back: what it holds is neither new nor the run's
     term: Annotated[int, u32]  # highest seen
@@ -174,7 +192,7 @@ class Exited:
     run: Annotated[str, name]
     peer: Annotated[int, u64]  # 0: known by host and launch only
     host: Annotated[str, text(256)]
-    launch: Annotated[str, text(128)]
+    launch: Annotated[str, launch]
     detail: Annotated[str, note]
 
 
@@ -184,14 +202,14 @@ class Kick:
 
     run: Annotated[str, name]
     peer: Annotated[int, u64]  # 0: by name
-    name: Annotated[str, text(128)]  # or how it begins
+    name: Annotated[str, peer_name]  # or how it begins
     leave: Annotated[bool, boolean]
     detail: Annotated[str, note]
 
 
 @dataclass(frozen=True)
 class AskStatus:
-    run: Annotated[str, text(128)]  # empty: whatever runs here
+    run: Annotated[str, run_or_any]
     events_after: Annotated[int, u64]
 
 
@@ -199,7 +217,7 @@ class AskStatus:
 class AskProbe:
     """Dial me back at this port (0: do not), and let me measure the way to you."""
 
-    run: Annotated[str, text(128)]  # empty: whatever runs here
+    run: Annotated[str, run_or_any]
     port: Annotated[int, integer(0, 65535)]
 
 
@@ -208,7 +226,7 @@ class Welcome:
     run: Annotated[str, name]
     term: Annotated[int, u32]
     peer: Annotated[int, peer_id]
-    config: Annotated[dict[str, Any] | None, optional(tree(8, 4096))]
+    config: Annotated[dict[str, Any] | None, optional(config)]
     waiting_for: Annotated[int, u32]  # peers still missing before the first view
 
 
@@ -340,16 +358,62 @@ _FOREIGN = record(run=name, protocol=u32, peer=peer_id, name=name)
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message. Our own messages pass the same checks as everybody's."""
+    """The bytes of a message. Our own pass the same checks as everybody's: ConfigError names what
+    the receiver would drop without a word. Not so reports and installs, which no person writes: to
+    look through their columns twice would make each change of view longer."""
     word = _NAMES[type(message)]
     content = {
         entry.name: value
         for entry in fields(message)
         if (value := getattr(message, entry.name)) != entry.default
     }
-    data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
-    assert len(data) <= MESSAGE_BYTES_MAX, f"a {word} of {len(data)} bytes"
+    try:
+        data: bytes = msgpack.packb({"t": word, **content}, use_bin_type=True)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{word}: not plain data: {error}") from None
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise ConfigError(f"{word}: {len(data)} bytes; at most {MESSAGE_BYTES_MAX} are taken")
+    if not isinstance(message, Report | Install):
+        _same_checks(word, data)
     return data
+
+
+def _same_checks(word: str, data: bytes) -> None:
+    """On what the receiver will see: subclasses of numbers, say, have become plain by then."""
+    content = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    del content["t"]
+    given(word, _CHECKS[word], _DEFAULTS[word] | content)
+
+
+def plain(value: Mapping[str, Any], shown: str = "config") -> dict[str, Any]:
+    """A configuration as others will read it; ConfigError says why they would not."""
+    try:
+        data = msgpack.packb(dict(value), use_bin_type=True)
+        read = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{shown}: not plain data: {error}") from None
+    checked: dict[str, Any] = given(shown, config, read)
+    return checked
+
+
+def _line(value: str) -> str:
+    return "".join(letter for letter in value if letter.isprintable())
+
+
+def fitting(told: Mapping[Any, Any]) -> dict[str, float | int | str]:
+    """The figures that a heartbeat can carry, as it carries them: one that it cannot would cost
+    all of it, and so the peer its place in the run."""
+    fits: dict[str, float | int | str] = {}
+    for key, value in list(told.items())[: FIGURES_MAX - 8]:
+        try:
+            if isinstance(value, str):
+                kept: float | int | str = _line(value)[:128]
+            else:
+                kept = int(value) if isinstance(value, Integral) else float(value)
+            fits |= figures({_line(str(key))[:32]: kept})
+        except (MessageError, TypeError, ValueError, OverflowError):
+            continue
+    return fits
 
 
 def decode(data: bytes) -> Message:

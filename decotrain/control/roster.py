@@ -81,7 +81,7 @@ class Gone:
     def bar(self, origin: tuple[str, str], reason: str) -> None:
         """origin: host and launch. Without a launch nobody can be told from a newcomer."""
         if origin[1]:
-            self._kicked[origin] = reason
+            self._kicked[origin] = reason[: m.NOTE_MAX]
         while len(self._kicked) > GONE_MAX:
             self._kicked.popitem(last=False)
 

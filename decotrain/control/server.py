@@ -21,6 +21,7 @@ import zmq
 from decotrain.control import messages
 from decotrain.control.coordinator import Coordinator, Options
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
+from decotrain.control.fields import given
 from decotrain.control.metrics_page import MetricsPage
 from decotrain.control.peer_list import PeerList
 from decotrain.control.probing import Probing
@@ -57,6 +58,10 @@ class Server:
         peer_list: PeerList | None = None,  # peers with keys of their own
     ) -> None:
         check_trust(listen, token, insecure)
+        given("run", messages.name, options.run)
+        given("min_peers", messages.min_peers, options.min_peers or 0)
+        if options.config is not None:
+            options = replace(options, config=messages.plain(options.config))
         if token is not None:
             options = replace(options, token=token.record_mark())
         self.file = RecordFile(folder) if folder is not None else None
@@ -104,7 +109,7 @@ class Server:
                     self._receive()
                 while self.probing.answers:
                     to, answer = self.probing.answers.popleft()
-                    self._send(to, messages.encode(answer))
+                    self._send(to, answer)
                 if time.monotonic() >= self._next_tick(tick_s):
                     tick_s = time.monotonic()
                     self._carry(self.coordinator.step(Tick(), tick_s))
@@ -192,7 +197,7 @@ class Server:
             elif isinstance(effect, Send):
                 if isinstance(effect.message, messages.Status):  # for who compares clocks
                     effect.message.status["wall_s"] = time.time()
-                self._send(effect.to, messages.encode(self._keyed(effect.to, effect.message)))
+                self._send(effect.to, self._keyed(effect.to, effect.message))
             elif isinstance(effect, Log):
                 logger.info("%s: %s", effect.kind, effect.text)
                 if self.on_log is not None:
@@ -229,7 +234,12 @@ class Server:
         ]
         return replace(message, contacts=contacts)
 
-    def _send(self, to: bytes, data: bytes) -> None:
+    def _send(self, to: bytes, message: Any) -> None:
+        try:
+            data = messages.encode(message)
+        except ConfigError as error:  # a mistake of ours: one message less, and the run goes on
+            logger.error("a message was not sent: %s", error)
+            return
         try:
             self.socket.send_multipart([self.routes.get(to, to), data], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # its queue is full, or it is gone: everything is repeated

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 
 from decotrain.control import messages as m
-from decotrain.errors import MessageError
+from decotrain.errors import ConfigError, MessageError
 from tests.control.fakes import empty_report
 
 HELLO = {
@@ -100,6 +102,48 @@ def test_nothing_but_a_message_error_comes_out() -> None:
                     m.encode(message)
             except MessageError:
                 continue
+
+
+LONG, DEEP = "x" * 513, {"a": [[[[[[[[[1]]]]]]]]]}
+WELCOME = m.Welcome("r", 1, 1, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (m.Kick("r", 0, "n" * 129, False, ""), r"kick: name: .* 0\.\.128 characters"),
+        (m.Kick("r", 0, "n", False, LONG), r"kick: detail: .* 0\.\.512 characters"),
+        (m.Kick("r", 0, "n", False, "a\nb"), "kick: detail: .*control characters"),
+        (m.AskStatus("r" * 129, 0), r"ask_status: run: .* 0\.\.128 characters"),
+        (m.Leave("", 1), r"leave: run: .* 1\.\.128 characters"),
+        (
+            replace(WELCOME, config=DEEP),
+            "config: too large or too deep: .* 4096 items and 8 levels",
+        ),
+        (replace(WELCOME, config={"a": [0] * 5000}), "config: too large or too deep"),
+        (replace(WELCOME, config={"a": "x" * m.CONFIG_BYTES_MAX}), "bytes; at most 262144"),
+        (replace(WELCOME, config={"a": float("inf")}), "config: not plain data: inf"),
+        (replace(WELCOME, config={"a": {5: 1}}), "config: a key that is no text: 5"),
+        (replace(WELCOME, config={"a": object()}), "welcome: not plain data"),
+    ],
+)
+def test_what_the_receiver_would_drop_is_not_sent(message: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        m.encode(message)
+
+
+def test_figures_are_made_to_fit_a_heartbeat() -> None:
+    """One that does not would cost the whole heartbeat, and with it the peer its place."""
+    given = {
+        "loss": np.float64(2.5), "rate": np.float32(0.5), "step": np.int64(7), "on": True,
+        "odd": float("nan"), "huge": 1e31, "thing": object(), "": 1, "tab": "a\tb" * 99, 5: "five",
+    }  # fmt: skip
+    fits = m.fitting(given)
+    assert fits == {"loss": 2.5, "rate": 0.5, "step": 7, "on": 1, "tab": ("ab" * 99)[:128],
+                    "5": "five"}  # fmt: skip
+    beat = m.Heartbeat("r", 1, 0, 0, True, False, [], 0, fits, 1.0, 0.0, [], [])
+    assert m.decode(m.encode(beat)) == beat
+    assert len(m.fitting({f"figure {n}": n for n in range(99)})) == 32
 
 
 def test_too_many_bytes_are_not_even_read() -> None:
