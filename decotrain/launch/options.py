@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decotrain.control import messages as m
+from decotrain.control.fields import given
 from decotrain.errors import ConfigError
 
 PROCESSES_MAX = 1024
@@ -136,6 +138,10 @@ def parse(words: Sequence[str]) -> Options:
     if asked.dial_only and (asked.listen or asked.advertise):
         raise ConfigError("--dial-only says that nobody reaches this machine: leave out"
                           " --listen and --advertise")  # fmt: skip
+    given("--run", m.name, asked.run)
+    if asked.name:
+        given("--name", m.name, asked.name)
+    given("--region", m.region, asked.region or "")
     processes = _processes(asked.nproc_per_node)
     return Options(
         join=join,
