@@ -10,8 +10,10 @@ import pytest
 from decotrain.control import client
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
+from decotrain.control.token import Token, write
+from decotrain.control.transport import INSECURE, check_trust
 from decotrain.errors import ConfigError
-from decotrain.train.asked import overruled, shared_by
+from decotrain.train.asked import overruled, shared_by, trust
 from decotrain.train.settings import SHARED
 from tests.local_runs import running
 
@@ -47,6 +49,29 @@ def test_who_joins_by_address_trains_what_the_others_do(run_dir: Path) -> None:
         for path in kept
     ]
     assert ends[0]["digest"] == ends[1]["digest"]
+
+
+def test_the_token_is_a_key_too(run_dir: Path) -> None:
+    """For asking what is trained, and for the process that joins."""
+    (run_dir / "text.txt").write_bytes(b"some words, and some more of them; " * 4000)
+    token = Token.new()
+    write(token, run_dir / "run.token")
+    server = ServerThread(Options(run="ours", min_peers=1), token=token)
+    try:
+        with running(run_dir, "train", *HERE, *WHAT, "steps=5", f"join={server.address}") as make:
+            make("folder=first", "token_file=run.token").end()
+        told = client.status(server.address, token=token)["config"]
+    finally:
+        server.stop()
+    assert told["steps"] == 5
+
+
+def test_a_network_that_is_trusted_is_a_key_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INSECURE, "0")
+    with pytest.raises(ConfigError, match="insecure=True"):
+        check_trust("192.0.2.1:1", None, False)
+    trust({"insecure": True})
+    check_trust("192.0.2.1:1", None, False)
 
 
 def test_who_asks_for_something_else_is_told_what_holds() -> None:

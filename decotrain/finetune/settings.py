@@ -67,6 +67,8 @@ class Settings:
     data: DataSettings
     spsa: SpsaSettings
     every: EverySettings
+    token_file: str | None = None
+    insecure: bool = False
 
     def recipe_fields(self) -> dict[str, Any]:
         """For `Recipe(**...)`; with constant lr the number of steps may change on a resume."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from decotrain.control import client
-from decotrain.control.token import find
+from decotrain.control.token import VARIABLE, find
+from decotrain.control.transport import INSECURE
 from decotrain.errors import ConfigError
 
 
@@ -15,6 +18,7 @@ def as_the_run_says(
     config: Mapping[str, Any], named: Sequence[str], keys: Sequence[str], command: str
 ) -> dict[str, Any]:
     """The configuration, with what a run that is joined by address says itself."""
+    trust(config)
     join = config.get("join")
     if not join:
         return dict(config)
@@ -22,6 +26,14 @@ def as_the_run_says(
     for line in overruled(named, config, run, keys):
         print(f"decotrain: {line}", file=sys.stderr)
     return {**config, **run}
+
+
+def trust(config: Mapping[str, Any]) -> None:
+    """The token and --insecure, where this process and those that it starts look for them."""
+    if config.get("token_file"):
+        os.environ[VARIABLE] = str(Path(str(config["token_file"])).expanduser().absolute())
+    if config.get("insecure"):
+        os.environ[INSECURE] = "1"
 
 
 def shared_by(address: str, keys: Sequence[str], command: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ ENDS = ("summary", "interrupted")  # what a launcher notes last
 HEAD = ("run", "held-out loss", "steps", "tokens", "sent", "time", "computing")
 LAST = "last loss"  # its name while a run goes on: measured on fewer windows than the final one
 # What differs between any two runs, and says nothing about them.
-NAMES = ("name", "folder", "resume", "listen")
+NAMES = ("name", "folder", "resume", "listen", "token_file", "insecure")
 SPEAKING = ("outer.preset", "codec.name")  # first in a label, and known by their values
 SCALES = (("tokens", 1e6), ("sent_bytes", 1e6), ("seconds", 1.0))
 COLOURS, LINES = 10, ("-", "--", ":", "-.")  # of matplotlib; the next line when colours are used up

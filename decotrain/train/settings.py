@@ -104,6 +104,8 @@ class Settings:
     codec: CodecSettings
     inner: InnerSettings
     every: EverySettings
+    token_file: str | None = None
+    insecure: bool = False
 
     @property
     def rounds(self) -> int:
