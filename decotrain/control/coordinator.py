@@ -409,17 +409,17 @@ class Coordinator:
         elif message.kind == "diverged":
             self.leave_out(accused.peer, "diverged", detail, now)
         elif message.kind == "spec_mismatch":
-    def _misfits(self, who: RecordMember, others: str, said: m.Suspect, now: float) -> None:
-        """Once more would end the same: it does not come back by itself."""
-        reason = "its tensors, codec or options differ from the run's: start it with those of"
-        reason += f" {others} (round {said.tag}/{said.seq}: {said.detail})"
-        self.leave_out(who.peer, "misfit", reason, now)
-
             # Where a round is one chunk only one of the two can see it: who says so says nothing.
             stays, goes = sorted((accuser, accused), key=lambda one: (not one.active, one.slot))
             self._misfits(goes, self.name(stays.peer), message, now)
         elif message.kind == "refused":
             self.log("refused", f"{self.name(accused.peer)}: {message.detail}", now)
+
+    def _misfits(self, who: RecordMember, others: str, said: m.Suspect, now: float) -> None:
+        """Once more would end the same: it does not come back by itself."""
+        reason = "its tensors, codec or options differ from the run's: start it with those of"
+        reason += f" {others} (round {said.tag}/{said.seq}: {said.detail})"
+        self.leave_out(who.peer, "misfit", reason, now)
 
     def _excused(self, by_active: bool, message: m.Suspect) -> bool:
         """An observer may see others late through a slow link of its own, and a round that waits
