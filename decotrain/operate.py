@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from decotrain.errors import ConfigError
+from decotrain.errors import ConfigError, UnreachableError
 from decotrain.parent import end_with_parent
+from decotrain.screen import RecentWaits, lines_of
 
-EVENTS_SHOWN = 8
 WATCH_S = 1.0
-SLOW_S = 1.0  # waited for one peer alone, before it is worth a line
+CLEAR = "\x1b[H\x1b[2J"
 
 
 def coordinator(words: list[str]) -> int:
@@ -143,6 +144,9 @@ def status(words: list[str]) -> int:
     parser.add_argument("--run", default="", help="name of the run; whichever is there without it")
     _add_token(parser)
     parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.add_argument(
+        "--links", action="store_true", help="a line for every link, also with many peers"
+    )
     parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     asked = parser.parse_args(words)
     from decotrain.control import client
@@ -152,134 +156,36 @@ def status(words: list[str]) -> int:
 
     given("--run", m.run_or_any, asked.run)
     token = find(asked.token_file)
+    known = client.status(asked.address, asked.run, token=token)
+    if asked.watch:
+        _watch(asked, known, lambda: client.status(asked.address, asked.run, token=token))
+    elif asked.json:
+        print(json.dumps(known, indent=1))
+    else:
+        print("\n".join(lines_of(known, asked.address, asked.links)))
+    return 0
+
+
+def _watch(
+    asked: argparse.Namespace, known: dict[str, Any], ask: Callable[[], dict[str, Any]]
+) -> None:
+    """Also while the coordinator is away: it comes back, and the run goes on without it."""
+    recent = RecentWaits()
     while True:
-        known = client.status(asked.address, asked.run, token=token)
-        if asked.json:
-            text = json.dumps(known, indent=None if asked.watch else 1)
-        else:
-            text = ("\x1b[H\x1b[2J" if asked.watch else "") + "\n".join(
-                lines_of(known, asked.address)
-            )
-        print(text, flush=True)
-        if not asked.watch:
-            return 0
-        time.sleep(WATCH_S)
-
-
-def lines_of(known: Mapping[str, Any], address: str) -> list[str]:
-    """One screen of status."""
-    peers = known["peers"]
-    active = sum(peer["role"] == "active" for peer in peers)
-    head = f"run {known['run']} at {address}: view {known['term']}.{known['epoch']}"
-    head += f" of generation {known['generation']}, {known['phase']}"
-    head += f" for {known['silent_s']:.0f} s" if known["phase"] == "hears nobody" else ""
-    head += f", {active} of {len(peers)} peers active"
-    heard = sum(peer["heard"] for peer in peers)
-    head += f", {heard} heard" if heard < len(peers) else ""
-    if known["waiting_for"]:
-        head += f", waiting for {known['waiting_for']} more"
-    versions = sorted({peer["version"] for peer in peers if peer["version"]})
-    if versions:
-        head += f"; decotrain {', '.join(versions)}"
-    regions = any(peer["region"] for peer in peers)
-    lines = [head]
-    if peers:
-        lines.append(
-            f"{'':>3} {'peer':<18} {'id':<8} {'host':<14} " + f"{'region':<10} " * regions
-            + f"{'role':<9} {'last round':>10} {'behind':>6} {'heard':>7}"
-            f" {'share':>5} {'can send':>9} {'held up':>8}  figures"
-        )  # fmt: skip
-    newest = _newest_rounds(peers)
-    for peer in peers:
-        lines.append(_peer_line(peer, newest, regions))
-        if peer["state"] not in ("here", "silent", "away"):  # the line itself says those
-            lines.append(f"      {peer['state']}")
-        if len(versions) > 1:
-            lines.append(f"      decotrain {peer['version']}")
-    return [
-        *lines,
-        *_link_lines(peers),
-        *(f"  {event.get('kind', '')}: {event.get('text', '')}" for event in
-          known["events"][-EVENTS_SHOWN:]),
-    ]  # fmt: skip
-
-
-def _link_lines(peers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every link with what goes over it, and who waits for whom."""
-    names = {peer["peer"]: peer["name"] for peer in peers}
-    lines = []
-    for peer in peers:
-        for link in peer["links"]:
-            lines.append(
-                f"  {peer['name']:>18} -> {names.get(link['peer'], link['peer']):<18}"
-                f" {_rate(link['out_bps']):>9}" + _way(link)
-            )
-        for other in peer["links_down"]:
-            lines.append(f"  {peer['name']:>18} -- {names.get(other, other):<18} broken")
-    slow = max(peers, key=lambda peer: peer["held_up_s"], default=None)
-    if slow is not None and slow["held_up_s"] >= SLOW_S:
-        lines.append(f"the others waited {slow['held_up_s']:.1f} s for {slow['name']} alone so far")
-    waits = [
-        (seconds, peer["name"], names.get(other, other))
-        for peer in peers
-        for other, seconds in peer["waited_s"]
-        if seconds >= SLOW_S
-    ]
-    lines += [f"  {who} waited {s:.1f} s for {other}" for s, who, other in sorted(waits)[:-5:-1]]
-    return lines
-
-
-def _way(link: Mapping[str, Any]) -> str:
-    """How the bytes of a link travel."""
-    if link["unix"]:
-        return " same machine, shared memory" if link["shared"] else " same machine"
-    control = f" {link['congestion']}" if link["congestion"] else ""
-    if link["pace_bps"]:
-        control += f", at most {_rate(link['pace_bps'])}"
-    return f" {1e3 * link['rtt_s']:.1f} ms{control}"
-
-
-def _newest_rounds(peers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The newest round of each tag that any peer has taken."""
-    newest: dict[str, int] = {}
-    for peer in peers:
-        tag, number = _last_round(peer)
-        newest[tag] = max(newest.get(tag, 0), number)
-    return newest
-
-
-def _last_round(peer: Mapping[str, Any]) -> tuple[str, int]:
-    tag, _, number = str(peer["figures"].get("last_round", "")).partition("/")
-    return tag, int(number) if number.isdecimal() else 0
-
-
-def _peer_line(peer: Mapping[str, Any], newest: Mapping[str, int], regions: bool) -> str:
-    figures = dict(peer["figures"])
-    last = str(figures.pop("last_round", ""))
-    tag, number = _last_round(peer)
-    behind = str(newest[tag] - number) if last else ""
-    shown = " ".join(f"{key}={_short(value)}" for key, value in figures.items())
-    slot = "-" if peer["slot"] is None else peer["slot"]
-    heard = "away" if peer["silent_s"] is None else f"{peer['silent_s']:.1f} s"
-    mark, note = " ", "" if peer["dialled"] else " (dials out only)"
-    if not peer["heard"]:
-        mark, note = "!", f" ({peer['state']})" * (peer["state"] in ("silent", "away"))
-    return (
-        f"{mark}{slot:>2} {peer['name'][:18]:<18} {peer['peer'][:8]} {peer['host'][:14]:<14} "
-        + f"{peer['region'][:10]:<10} " * regions
-        + f"{peer['role']:<9} {last:>10} {behind:>6} {heard:>7} {peer['share']:>5.2f}"
-        f" {_rate(peer['uplink_bps']):>9} {peer['held_up_s']:>6.1f} s  {shown}" + note
-    )
-
-
-def _rate(bps: float) -> str:
-    if not bps:
-        return "-"
-    return f"{bps / 1e6:.3g} Mb/s" if bps < 1e9 else f"{bps / 1e9:.3g} Gb/s"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        heard_s = time.monotonic()
+        lines = lines_of(known, asked.address, asked.links, recent.add(known, heard_s))
+        print(json.dumps(known) if asked.json else CLEAR + "\n".join(lines), flush=True)
+        answered = False
+        while not answered:
+            time.sleep(WATCH_S)
+            try:
+                known, answered = ask(), True
+            except UnreachableError:
+                late = f"no answer for {time.monotonic() - heard_s:.0f} s"
+                if asked.json:
+                    print(late, file=sys.stderr, flush=True)
+                else:
+                    print("\n".join([f"{CLEAR}{late}; what it said last:", *lines]), flush=True)
 
 
 def leave(words: list[str]) -> int:

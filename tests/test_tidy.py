@@ -239,6 +239,7 @@ def test_dependencies_stay_behind_their_fences() -> None:
         "decotrain.errors",
         "decotrain.cli",
         "decotrain.operate",
+        "decotrain.screen",
         "decotrain.control.client",
         "decotrain.control.server",
         "decotrain.launch.options",

@@ -6,7 +6,7 @@ from typing import Any
 
 from decotrain import doctor
 from decotrain.control.status import prometheus, status
-from decotrain.operate import lines_of
+from decotrain.screen import lines_of
 from tests.control.fakes import World, three
 
 

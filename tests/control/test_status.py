@@ -37,7 +37,8 @@ KNOWN: dict[str, Any] = {
     "events": [{"n": 1, "at_s": 0, "kind": "view", "text": "x"}],
     "peers": [PEER, PEER | {"peer": "00000000000000bb", "name": "b", "role": "observing",
                             "silent_s": None, "state": "away", "heard": False, "held_up_s": 0.0,
-                            "waited_s": [["00000000000000aa", 12.0]], "version": "1.0", "figures": {"last_round": "0/4"}}],
+                            "waited_s": [["00000000000000aa", 12.0]], "version": "1.0",
+                            "figures": {"last_round": "0/4"}}],
 }  # fmt: skip
 
 
