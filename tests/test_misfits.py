@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from decotrain.communicator import Communicator, join
+from decotrain.communicator import Communicator, Result, join
 from decotrain.control.coordinator import Options
 from decotrain.control.server import ServerThread
 from decotrain.errors import LeftError
 
-WAIT_S = 60.0
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -49,3 +49,45 @@ def test_one_peer_with_another_codec_ends_and_the_run_goes_on(
         assert done
         assert done[0][-1] == (first.peer,)
         assert [member.peer for member in first.members] == [first.peer]
+
+
+def train(comm: Communicator, digest: int, stop: threading.Event) -> None:
+    """Rounds on shared state until `stop`; `digest` stands for what its options make of it."""
+    weights = np.zeros(8, np.float32)
+    comm.register_state(0, {"w": weights})
+
+    def apply(result: Result) -> None:
+        with comm.updating(0):
+            weights[:] += 1.0
+
+    while not stop.is_set():
+        comm.catch_up(0, apply, wait=True, timeout_s=WAIT_S)
+        result = comm.all_reduce(np.ones(8, np.float32), state_digest=digest).wait(WAIT_S)
+        if result.outcome == "stable":
+            apply(result)
+
+
+def test_who_diverges_again_and_again_ends_and_says_why(coordinator: ServerThread) -> None:
+    """Another learning rate, say: each return would cost the others two views."""
+    stop = threading.Event()
+    ended: dict[str, str] = {}
+
+    def run(comm: Communicator, digest: int) -> None:
+        try:
+            train(comm, digest, stop)
+        except LeftError as error:
+            ended[comm.name] = str(error)
+            stop.set()
+
+    with join(coordinator.address, name="1") as one, join(coordinator.address, name="2") as two:
+        threads = [threading.Thread(target=run, args=(comm, int(comm.name))) for comm in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        stop.set()
+        (said,) = ended.values()
+        assert "its bits diverged 3 times" in said
+        assert "its options" in said
+        (stays,) = [comm for comm in (one, two) if comm.name not in ended]
+        assert stays.wait_until(lambda: len(stays.members) == 1, WAIT_S)

@@ -26,6 +26,7 @@ from decotrain.control import member as mb
 from decotrain.control import messages as m
 from decotrain.control.effects import identity
 from decotrain.control.measures import Meter
+from decotrain.control.returns import Returns
 from decotrain.control.token import Secret
 from decotrain.control.transport import TAIL_BYTES, Handshakes, connect_dealer, with_port
 from decotrain.errors import ConfigError, MessageError
@@ -111,6 +112,7 @@ class Agent:
         self.stopping = False
         self.ready = False
         self.again_s: float | None = None
+        self.returns = Returns()
         self.absent_s: float | None = None  # since when the coordinator is not there
         self.missed = False  # and somebody was told
         self._incarnate(who)
@@ -377,6 +379,8 @@ class Agent:
                 shared.view, shared.members = self.member.view, self.member.members
                 shared.generation = self.member.generation
                 shared.changed.notify_all()
+        elif effect.again and (vain := self.returns.vain(effect.detail, time.monotonic())):
+            self._end("evicted", vain)
         elif effect.again:
             logger.warning("left out of the run: %s; comes back as a newcomer", effect.detail)
             self.again_s = time.monotonic() + AGAIN_S * (0.5 + self.rng.random())
