@@ -6,6 +6,7 @@ Each takes the run's token; without one it is that of the environment (DECOTRAIN
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -28,7 +29,9 @@ def _ask(
         socket = connect_dealer(context, address, token=token)
         handshakes = Handshakes(socket, address, token)
         try:
-            socket.send(m.encode(message))
+            # A failed handshake may have come first: there is nobody to send to then, ever.
+            with suppress(zmq.Again):
+                socket.send(m.encode(message), zmq.NOBLOCK)
             _await(socket, handshakes, timeout_s)
             answer = m.decode(socket.recv())
         finally:

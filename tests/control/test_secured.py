@@ -82,6 +82,20 @@ def test_a_token_where_none_is_wanted_says_so_at_once(plain: ServerThread) -> No
     assert "runs without a token" in refusal(plain.address, OURS)
 
 
+def test_a_handshake_that_fails_before_there_is_a_word_is_no_hang(
+    plain: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine under load: libzmq has given up when the request is handed to it."""
+
+    class Late(transport.Handshakes):
+        def __init__(self, *asked: Any) -> None:
+            super().__init__(*asked)
+            until(lambda: not self.socket.poll(0, zmq.POLLOUT))
+
+    monkeypatch.setattr(client, "Handshakes", Late)
+    assert "runs without a token" in refusal(plain.address, OURS)
+
+
 @pytest.mark.parametrize("token", [None, OURS])
 def test_another_service_says_so_at_once(token: Token | None) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
