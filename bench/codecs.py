@@ -23,7 +23,7 @@ from decotrain import _core
 CODECS = ("f32", "bf16", "f16", "int8", "e2m1", "e3m0", "int2")
 COMBINED = (2, 8, 32)
 CHUNK = 1 << 18  # values, as in a round
-CACHED = 1 << 14  # values: eight contributions of f32 are half a MiB
+CACHED = 1 << 16  # values: eight contributions of int8 are half a MiB, of f32 two
 STOCHASTIC = ("int8", "e2m1", "e3m0")
 KEEP = 64  # of every 4096
 
