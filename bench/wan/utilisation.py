@@ -8,7 +8,7 @@ time they took, mean over peers; so it also counts what one machine cannot do at
 all peers together used. The window begins and ends with a round, after two rounds without account.
 
 Options (`--set`): mbps=20,100 (each way), rtt_ms=20, peers=4, parameters=1e6, step_ms=400, cases=
-(names from the table), windows=1 (as many times as long). It learns nothing (bench.outer does).
+(names from the table), windows=2 (as many times as long). It learns nothing (bench.outer does).
 """
 
 from __future__ import annotations
