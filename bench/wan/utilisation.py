@@ -157,7 +157,7 @@ def run(settings: Settings) -> Report:
     number = lambda key, usual, small: float(  # noqa: E731
         settings.option(key, small if quick else usual)
     )
-    peers, windows = int(number("peers", "4", "2")), int(number("windows", "1", "1"))
+    peers, windows = int(number("peers", "4", "2")), int(number("windows", "2", "1"))
     rtt_ms = number("rtt_ms", "20", "4")
     rates = settings.option("mbps", "100" if quick else "20,100").split(",")
     wanted = settings.option("cases", "diloco,eager" if quick else "").split(",")
