@@ -72,7 +72,7 @@ Place place(Codec codec, std::byte* bytes, std::size_t elements, std::size_t beg
 void clear_padding(Codec codec, std::byte* bytes, std::size_t elements) {
   if (codec != Codec::int8) return;  // the others fill whole groups
   const std::size_t padded = parts(elements, 16) * 16;
-  std::memset(bytes + elements, 0, padded - elements);
+  if (padded > elements) std::memset(bytes + elements, 0, padded - elements);
 }
 
 bool encode(Codec codec, std::span<const float> values, std::byte* out) {
