@@ -70,6 +70,18 @@ bool Impl::may_begin(std::uint32_t tag, std::uint8_t ahead) const {
                       [](const auto& one) { return !one.second.begun; });
 }
 
+bool Impl::disputes(std::uint32_t tag, const RoundSpec& spec) {
+  Tag* const of = find_tag(tag);
+  if (of == nullptr) return false;
+  const auto found = of->rounds.find(of->next);
+  if (found == of->rounds.end()) return false;
+  Round& round = found->second;
+  if (!round.known || round.spec == spec || !(round.open || round.planned)) return false;
+  if (!round.wanted) event(EventKind::spec_mismatch, round, self, "others run it differently");
+  round.wanted = spec;
+  return true;
+}
+
 std::uint64_t Impl::begin(BeginArgs args, double now) {
   if (args.tag >= kMaxTags) throw std::invalid_argument("tag out of range");
   if (const char* why = fault(args.spec); *why != '\0') throw std::invalid_argument(why);
@@ -281,6 +293,10 @@ void Engine::abandon(std::uint32_t tag, std::uint64_t seq, double now) {
 
 bool Engine::may_begin(std::uint32_t tag, std::uint8_t ahead) const {
   return impl_->may_begin(tag, ahead);
+}
+
+bool Engine::disputes(std::uint32_t tag, const RoundSpec& spec) {
+  return impl_->disputes(tag, spec);
 }
 
 std::uint64_t Engine::next(std::uint32_t tag) const {

@@ -225,6 +225,9 @@ class Engine {
   // False while a view is lacking, more than `ahead` rounds of ours or one that we skip are open,
   // or missed results are not taken.
   bool may_begin(std::uint32_t tag, std::uint8_t ahead = 0) const;
+  // True when the others run the next round with another specification: it waits for the view that
+  // decides between them. Says so once in each view.
+  bool disputes(std::uint32_t tag, const RoundSpec& spec);
   // The number `begin` would give: who holds the state after round next - 1 may begin.
   std::uint64_t next(std::uint32_t tag) const;
   // Of a round begun with a snapshot that was not whole: so many of its chunks are there now.

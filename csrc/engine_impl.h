@@ -82,6 +82,7 @@ struct Engine::Impl {
   const Tag* find_tag(std::uint32_t tag) const;
   Round* find_round(std::uint32_t tag, std::uint64_t seq);
   bool may_begin(std::uint32_t tag, std::uint8_t ahead) const;
+  bool disputes(std::uint32_t tag, const RoundSpec& spec);
   void end(Round& round, Outcome outcome);
   void adopt_roles();
   const Member* member(PeerId peer) const;
@@ -149,6 +150,7 @@ struct Engine::Impl {
   void install_tag(std::uint32_t id, Tag& tag, const TagPlan& plan, bool reported);
   void install_round(const RoundPlan& plan);
   bool install_chunk(Round& round, std::uint32_t chunk, const ChunkPlan& plan);
+  static void set_aside(Round& round);
   void install_unplanned(Round& round, const TagPlan& plan);
   static void remember_stable(Tag& tag, const TagPlan& plan);
   void drop_stray(Tag& tag, std::int64_t stable);

@@ -275,14 +275,16 @@ void Node::abandon(const std::shared_ptr<Work>& work) {
 }
 
 // A round waits while there is no view, or while too many of the tag are open. When results were
-// missed the caller must take them first: it is told so, because it cannot know.
+// missed the caller must take them first: it is told so, because it cannot know. With another
+// specification than the others' it waits until a view has decided who goes.
 void Node::start_waiting(double now) {
   for (auto it = waiting_.begin(); it != waiting_.end();) {
     const std::uint32_t tag = it->first;
     Waiting& next = it->second;
     if (!engine_.missed(tag).empty()) {
       next.work->complete(nullptr);
-    } else if (!engine_.may_begin(tag, next.args.spec.ahead)) {
+    } else if (!engine_.may_begin(tag, next.args.spec.ahead) ||
+               engine_.disputes(tag, next.args.spec)) {
       it = waiting_.upper_bound(tag);
       continue;
     } else {

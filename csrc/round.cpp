@@ -301,6 +301,12 @@ RoundReport Round::report() const {
   RoundReport out;
   out.tag = tag;
   out.seq = seq;
+  if (wanted) {
+    out.spec = *wanted;
+    out.begun = true;
+    out.chunks.resize(chunk_count(*wanted));
+    return out;
+  }
   out.spec = spec;
   out.begun = begun;
   out.skipped = skipped;

@@ -7,6 +7,7 @@
 #include <array>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "engine.h"
@@ -85,6 +86,8 @@ struct Round {
   std::uint64_t seq = 0;
   RoundSpec spec;
   std::uint32_t spec_digest = 0;
+
+  std::optional<RoundSpec> wanted;  // by our caller, who waits for a view: the others run `spec`
 
   bool known = false;    // the specification is
   bool open = false;     // takes frames; before, small ones are parked

@@ -157,6 +157,7 @@ bool Impl::install(const Install& plan, double now) {
     for (auto& [seq, round] : tag.rounds) {
       round.done_from = 0;
       round.stable_by_plan = false;
+      round.wanted.reset();
     }
   }
   std::map<std::uint32_t, TagPlan> tag_plans;
@@ -257,6 +258,11 @@ void Impl::install_unplanned(Round& round, const TagPlan& plan) {
     to_settle.emplace_back(round.tag, round.seq);
     return;
   }
+  set_aside(round);
+}
+
+// As if it had been begun in no view yet.
+void Impl::set_aside(Round& round) {
   round.open = false;
   round.planned = false;
   round.stable_by_plan = false;
@@ -280,9 +286,18 @@ void Impl::install_round(const RoundPlan& plan) {
   round.tag = plan.tag;
   round.seq = plan.seq;
   if (round.known && round.spec != plan.spec) {
-    event(EventKind::spec_mismatch, round, self, "the view runs it with another specification");
-    end(round, Outcome::lost);
-    return;
+    if (round.begun && !plan.stable) {
+      // We began while the plan was made. In this view the others' frames do not fit ours.
+      set_aside(round);
+      return;
+    }
+    if (round.begun) {
+      event(EventKind::spec_mismatch, round, self, "the view runs it with another specification");
+      end(round, Outcome::lost);
+      return;
+    }
+    set_aside(round);
+    round.known = false;
   }
   if (!round.known) round.set_spec(plan.spec);
   if (round.chunks.empty()) {
@@ -379,6 +394,7 @@ void Impl::resume(Round& round, double now) {
   round.look_at = kNever;
   round.next_grace = kNever;
   round.named_late = 0;
+  round.named_spec = 0;
   round.named_diverged = false;
   round.open = false;
   if (!round.known) return;

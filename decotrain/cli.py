@@ -160,7 +160,13 @@ def _one_line(text: str) -> str:
         texts = [path.read_text(encoding="utf-8") for path in configs().glob("*.yaml")]
         keys = re.findall(r"^(\w+):", "\n".join(texts), re.MULTILINE)
         near = [f" (did you mean {key}?)" for key in get_close_matches(found[1], keys, 1)]
-        return f"unknown key {found[1]}{''.join(near)}; --help lists the keys"
+        own = found[1].removeprefix("outer.")
+        more = f", +outer.own.{own}= is for a function of your own" if own != found[1] else ""
+        return f"unknown key {found[1]}{''.join(near)}; --help lists the keys{more}"
+    if found := re.match(r"In '\w+': Could not find 'outer/(\w[\w.]*:\w+)'", text.strip()):
+        return f"outer={found[1]}: a function of your own is outer.preset={found[1]}"
+    if found := re.match(r"Error parsing override '(.+?)'\s+missing EQUAL", text.strip()):
+        return f"{found[1]!r} is no KEY=VALUE; --help lists the keys"
     if found := re.match(r"In '\w+': Could not find 'codec/(.+)'", text.strip()):
         from decotrain import codecs
 
@@ -210,7 +216,8 @@ def _by_hydra(command: str, words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}; choose another folder") from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise ConfigError(f"{where}{error.strerror}; choose another folder") from error
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else 1
     return max(codes, default=0)

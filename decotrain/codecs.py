@@ -6,6 +6,10 @@ The core knows the codecs themselves (docs/codecs.md); nothing here encodes.
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
+
+import numpy as np
 
 from decotrain import _core
 from decotrain.errors import ConfigError
@@ -62,11 +66,11 @@ def check_rule(rule: str | None, op: str, parameter: float | None) -> float:
             raise ConfigError(f"rule_parameter={parameter}: {name} has no parameter")
         return 0.0
     least, most, meaning = PARAMETERS[name]
-    number = isinstance(parameter, (int, float)) and least <= parameter < most
-    if not number or (name == "norm_clip" and parameter == 0):
+    number = isinstance(parameter, numbers.Real) and not isinstance(parameter, bool)
+    value = float(np.float32(parameter)) if number else math.nan  # as the core takes it
+    if not least <= value < most or (name == "norm_clip" and value == 0):
         raise ConfigError(f"rule_parameter={parameter}: {name} needs {meaning}")
-    assert parameter is not None
-    return float(parameter)
+    return value
 
 
 def check_owner_feedback(result: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from decotrain import codecs
 from decotrain import tensors as tn
 from decotrain._core import Node
-from decotrain.contribution import Given, draw_chance, flat
+from decotrain.contribution import Given, draw_chance
 from decotrain.control import member as mb
 from decotrain.control.agent import Agent
 from decotrain.control.messages import fitting
@@ -176,6 +176,7 @@ class Communicator:
             "chunk_elements": chunk_elements, "state_digest": state_digest,
         }  # fmt: skip
         chance = draw_chance(self.peer) if stochastic else None
+        lent = self._shared.lent(tag, owner_residual)
         mine = Given(given, options, weight, borrow, kept, chance, owner_residual)
         mine.check()
         for n, tensor in enumerate(places):
@@ -185,14 +186,15 @@ class Communicator:
         def begin(node: Any) -> Any:
             try:
                 return mine.begin(node)
-            except (NotFiniteError, OutOfMemoryError, AbandonedError) as error:
-                work = error.work if isinstance(error, AbandonedError) else mine.skip(node)
-                self._shared.skip(tag, work)
+            except AbandonedError as error:
+                self._shared.skip(tag, error.work, lent)
+                raise
+            except (NotFiniteError, OutOfMemoryError):
+                self._shared.skip(tag, mine.skip(node))
                 raise
 
         work = self._begin(tag, begin, places)
-        work._owner_residual = flat(owner_residual) if owner_residual is not None else None
-        return work
+        return work.lend(lent)
 
     def collect(
         self, data: bytes | None, *, tag: int = 0, max_bytes: int = 1 << 16, ahead: int = 0

@@ -193,7 +193,7 @@ def coordinator(address: str, known: dict[str, Any], now_s: float) -> Iterator[F
 
 def _peer(peer: dict[str, Any]) -> Finding:
     what = f"peer {peer['name']}"
-    if not peer["heard"]:  # a port that nobody holds open says nothing about a firewall
+    if not peer.get("heard", True):  # a port that nobody holds open says nothing about a firewall
         return _unheard(what, peer)
     places = [text for text in peer["addresses"] if text.startswith("tcp://")]
     if not places or not peer["dialled"]:

@@ -1,6 +1,7 @@
 """How a script that `decotrain run` started ends: it leaves the run, and says why it cannot go on.
 
-On SIGTERM, Ctrl-C or the end of the script the peer leaves cleanly, so that nobody waits for it.
+On SIGTERM, Ctrl-C, the end of the script or of the launcher the peer leaves cleanly, so that nobody
+waits for it.
 An error that starting again would not mend (kicked, refused, wrong options) goes to the launcher,
 which prints it and stops. Scripts started otherwise, or that handle SIGTERM, are left alone.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from decotrain.errors import ConfigError, Error, LeftError, RefusedError
+from decotrain.parent import end_with_parent
 
 FILE = "DECOTRAIN_FAREWELL"  # environment: where the last words go
 FINAL = (ConfigError, LeftError, RefusedError)
@@ -28,6 +30,7 @@ def end_well(leave: Callable[[float], None]) -> None:
     """From now on the end of this process is a clean leave."""
     if FILE not in os.environ:
         return
+    end_with_parent()  # a launcher that was killed would leave a peer behind
     atexit.register(leave, LEAVE_S)
     say_last_words()
     main = threading.current_thread() is threading.main_thread()

@@ -202,7 +202,7 @@ def _leave_out(command: str, description: str | None, words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"decotrain {command}", description=description)
     parser.add_argument("address", metavar="HOST:PORT", help="of the coordinator")
     parser.add_argument("peer", help="its name or id, or how that begins (see status)")
-    parser.add_argument("--run", default="default", help="name of the run")
+    parser.add_argument("--run", default="", help="name of the run; default: the one there")
     parser.add_argument("--reason", default="", help="told to the peer")
     _add_token(parser)
     asked = parser.parse_args(words)
@@ -211,7 +211,7 @@ def _leave_out(command: str, description: str | None, words: list[str]) -> int:
     from decotrain.control.fields import given
     from decotrain.control.token import find
 
-    given("--run", m.name, asked.run)
+    given("--run", m.run_or_any, asked.run)
     given("PEER", m.peer_name, asked.peer)
     given("--reason", m.note, asked.reason)
     who = client.kick(

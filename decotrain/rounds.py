@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,21 @@ class Work:
         """True when `wait()` would return at once."""
         return self._result is not None or self._work is None or self._work.done()
 
+    def lend(self, residual: Any) -> Work:
+        """The round adds this (flat) to results that we own, and `wait` writes what they lose."""
+        self._owner_residual = residual
+        if residual is not None:
+            self.comm._shared.lenders[self.tag] = weakref.ref(self)
+        return self
+
+    def lends(self) -> bool:
+        return self._owner_residual is not None and self._work is not None
+
     def forgo(self) -> None:
         """In place of `wait`, by who will not call it after an error."""
         if self._work is not None:
-            self.comm._shared.skip(self.tag, self._work)
+            self.comm._shared.skip(self.tag, self._work, self._owner_residual)
+            self._owner_residual = None
 
     def wait(self, timeout_s: float | None = None) -> Result:
         """The result. Raises WaitTimeoutError (the round goes on), RoundError or LeftError."""
@@ -136,8 +148,6 @@ class Work:
                         f"round {self.seq} of tag {self.tag} is not complete yet: {comm._why()}"
                     )
             held = self._work.result()
-            if held is not None and self._owner_residual is not None:
-                held.keep_lost(self._owner_residual)
             if held is not None and held.withdrawn:
                 self._withdrawn()
         except RuntimeError as error:
@@ -151,6 +161,8 @@ class Work:
         gone = self._incarnation != comm._agent.shared.incarnation  # its branch may be no more
         if (gone and self.tag in comm._shared.fragments) or not comm._shared.follows(held):
             return comm._lost(self.tag)
+        if self._owner_residual is not None:  # after a lost round it stays as it was
+            held.keep_lost(self._owner_residual)
         # What nobody has broadcast this time may be ours to broadcast next.
         return comm._result(held, self._out, keep_own=self._again is not None)
 

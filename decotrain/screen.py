@@ -63,7 +63,7 @@ def lines_of(
     head += f" of generation {known['generation']}, {known['phase']}"
     head += f" for {known['silent_s']:.0f} s" if known["phase"] == "hears nobody" else ""
     head += f", {active} of {len(peers)} peers active"
-    heard = sum(peer["heard"] for peer in peers)
+    heard = sum(peer.get("heard", True) for peer in peers)  # an older coordinator does not say
     head += f", {heard} heard" if heard < len(peers) else ""
     if known["waiting_for"]:
         head += f", waiting for {known['waiting_for']} more"
@@ -192,7 +192,7 @@ def _peer_line(peer: Mapping[str, Any], newest: Mapping[str, int], regions: bool
     slot = "-" if peer["slot"] is None else peer["slot"]
     heard = "away" if peer["silent_s"] is None else f"{peer['silent_s']:.1f} s"
     mark, note = " ", "" if peer["dialled"] else " (dials out only)"
-    if not peer["heard"]:
+    if not peer.get("heard", True):
         mark, note = "!", f" ({peer['state']})" * (peer["state"] in ("silent", "away"))
     return (
         f"{mark}{slot:>2} {peer['name'][:18]:<18} {peer['peer'][:8]} {peer['host'][:14]:<14} "

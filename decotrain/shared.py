@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from decotrain import tensors as tn
+from decotrain.contribution import flat
 from decotrain.control import member as mb
-from decotrain.errors import StateError, WaitTimeoutError
+from decotrain.errors import RoundError, StateError, WaitTimeoutError
 from decotrain.versions import VOID, Versions
 
 if TYPE_CHECKING:
     from decotrain.communicator import Communicator
-    from decotrain.rounds import Result
+    from decotrain.rounds import Result, Work
 
 Effect = Callable[["Result"], None]  # of one round on a tag's tensors, element by element
 
@@ -86,7 +88,9 @@ class SharedState:
         self.fragments: dict[int, Fragment] = {}
         self.versions = Versions({})
         self.missed: dict[int, deque[Any]] = {}  # taken from the engine, not applied yet
-        self.skipped: dict[int, list[Any]] = {}  # works of rounds the caller never saw
+        # Works of rounds the caller never saw, and the owner's residual that each has spent.
+        self.skipped: dict[int, list[tuple[Any, Any]]] = {}
+        self.lenders: dict[int, weakref.ref[Work]] = {}  # the last work with an owner's residual
         self.ended: set[int] = set()  # tags whose missed results are of an ended generation
         self.fetches = 0
         self.fetched_bytes = 0
@@ -173,10 +177,22 @@ class SharedState:
         # A round that we skipped, after an error, moves the state though its caller has no Work.
         return bool(self.skipped.get(tag)) or self.versions.next(tag, missed).do != "nothing"
 
-    def skip(self, tag: int, work: Any) -> None:
+    def lent(self, tag: int, residual: Any) -> Any:
+        """The owner's residual, flat; RoundError while an earlier round has yet to write it."""
+        if residual is None:
+            return None
+        work = self.lenders[tag]() if tag in self.lenders else None
+        if work is not None and work.lends():
+            raise RoundError(
+                f"round {work.seq} of tag {tag} has not written its owner_residual back: wait for"
+                " it first, or both rounds would add the same"
+            )
+        return flat(residual)
+
+    def skip(self, tag: int, work: Any, residual: Any = None) -> None:
         """A round of the core that its caller has no Work of, after an error: its result is missed,
         and `catch_up` brings it, so that no state is fetched for it."""
-        self.skipped.setdefault(tag, []).append(work)
+        self.skipped.setdefault(tag, []).append((work, residual))
 
     def follows(self, held: Any) -> bool:
         """May the result of a round begun here be applied to our state?"""
@@ -237,8 +253,11 @@ class SharedState:
             return [held.seq for held in queue]
         try:
             skipped = self.skipped.get(tag, [])
-            while skipped and skipped[0].done():
-                held = skipped.pop(0).result()
+            while skipped and skipped[0][0].done():
+                work, residual = skipped.pop(0)
+                held = work.result()
+                if held is not None and residual is not None:
+                    held.keep_lost(residual)
                 if held is not None and held.outcome == "stable":
                     queue.append(held)
             queue.extend(self.comm._agent.shared.node.take_missed(tag))

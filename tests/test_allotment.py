@@ -203,7 +203,9 @@ def test_half_a_portion_that_is_made_again_is_told_once() -> None:
 
 
 @pytest.mark.parametrize("lost", [{3, 6}, {5}], ids=["at the end of a round", "within one"])
-@pytest.mark.parametrize("how", [{"waived"}, {"lost"}, {"waived", "lost"}], ids="-".join)
+@pytest.mark.parametrize(
+    "how", [{"waived"}, {"lost"}, {"waived", "lost"}], ids=["waived", "lost", "both"]
+)
 def test_ddp_tells_what_counted_and_nothing_twice(how: set[str], lost: set[int]) -> None:
     """By the worker's own lines, over steps whose gradients of peer 2 do not count, or whose result
     it never hears of."""

@@ -66,7 +66,8 @@ def test_help_of_train_shows_every_key(run_dir: Path) -> None:
     ("override", "parts"),
     [
         ("peerz=3", ["unknown key peerz (did you mean peers?)", "--help"]),
-        ("outer.peerz=3", ["unknown key outer.peerz"]),
+        ("outer.peerz=3", ["unknown key outer.peerz", "+outer.own.peerz="]),
+        ("outer=mine:f", ["a function of your own is outer.preset=mine:f"]),
         ("outer=nothing", ["outer/nothing", "diloco"]),
         ("peers=0", ["peers=0", "between 1 and 64"]),
         ("peers=[", ["'['"]),

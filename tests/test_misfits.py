@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -49,6 +50,65 @@ def test_one_peer_with_another_codec_ends_and_the_run_goes_on(
         assert done
         assert done[0][-1] == (first.peer,)
         assert [member.peer for member in first.members] == [first.peer]
+
+
+def run_each(comms: list[Communicator], odd: Communicator) -> dict[int, str]:
+    """Three rounds of each in a thread; slot -> how many contributed at last, or the error."""
+    ended: dict[int, str] = {}
+
+    def run(comm: Communicator, slot: int) -> None:
+        try:
+            ended[slot] = str(len(rounds(comm, "int8" if comm is odd else "f32", 3)[-1]))
+        except LeftError as error:
+            ended[slot] = str(error)
+
+    threads = [threading.Thread(target=run, args=(comm, comm.slot)) for comm in comms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    return ended
+
+
+def all_here(comms: list[Communicator]) -> None:
+    """Each says that it is ready: a view waits for all of them."""
+    threads = [threading.Thread(target=lambda c=comm: c.members) for comm in comms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    count = len(comms)
+    assert all(comm.wait_until(lambda c=comm: len(c.members) == count, WAIT_S) for comm in comms)
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_the_one_of_three_that_differs_goes_whatever_its_slot(odd: int) -> None:
+    server = ServerThread(Options(min_peers=3))
+    with ExitStack() as stack:
+        comms = [stack.enter_context(join(server.address)) for _ in range(3)]
+        all_here(comms)
+        ended = run_each(comms, next(comm for comm in comms if comm.slot == odd))
+        assert "tensors, codec or options differ from the run's" in ended.pop(odd)
+        assert list(ended.values()) == ["2", "2"]
+    server.stop()
+
+
+def test_who_began_first_alone_is_no_majority() -> None:
+    """A view that was made meanwhile runs the round as the odd one began it: the others wait."""
+    server = ServerThread(Options(min_peers=3))
+    with ExitStack() as stack:
+        comms = [stack.enter_context(join(server.address)) for _ in range(3)]
+        all_here(comms)
+        odd = max(comms, key=lambda comm: comm.slot)
+        begun = odd.all_reduce(np.ones(8, np.float32), codec="int8")
+        assert odd.wait_until(lambda: begun.seq is not None, WAIT_S)
+        comms.append(stack.enter_context(join(server.address)))
+        all_here(comms)
+        good = [comm for comm in comms if comm is not odd]
+        assert list(run_each(good, odd).values()) == ["3", "3", "3"]
+        with pytest.raises(LeftError, match="tensors, codec or options differ from the run's"):
+            begun.wait(WAIT_S)
+    server.stop()
 
 
 def train(comm: Communicator, digest: int, stop: threading.Event) -> None:

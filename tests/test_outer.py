@@ -24,6 +24,7 @@ from decotrain.outer import (
 )
 from decotrain.outer.background import in_background
 from decotrain.outer.fragment import Fragment
+from decotrain.outer.merge import Eager
 from decotrain.outer.update import SPAN_ELEMENTS
 from tests.fake_comm import WAIT_S, FakeRun
 from tests.outer_runs import (
@@ -334,6 +335,50 @@ def test_resume_gives_the_same_bits_as_never_stopping() -> None:
     assert outer.digest() == whole.digests[-1]
 
 
+@pytest.mark.parametrize("every", [1, 2, 8])
+def test_state_of_another_schedule_is_refused(every: int) -> None:
+    """The step would not tell how many rounds there were: peers would begin them apart."""
+    trained = train_all(1, 8, lambda m, o, c: make("diloco", m, o, c, sync_every=4))
+    saved, model = trained[1].outer.state_dict(), make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    said = rf"after steps 4\+8, and this schedule's begin after {every}\+{2 * every} .*resume with"
+    with pytest.raises(StateError, match=said):
+        make("diloco", model, inner, FakeRun(1).comm(1), sync_every=every, state=saved)
+
+
+@pytest.mark.parametrize(
+    ("buffers", "scalars", "odd"),
+    [
+        (("accumulated",), (), "accumulated"),
+        (("started",), (), "started"),
+        (("velocity",), ("theta",), "theta"),
+        (("velocity",), ("velocity",), "velocity"),
+    ],
+)
+def test_names_that_would_be_mixed_up_are_refused(
+    buffers: tuple[str, ...], scalars: tuple[str, ...], odd: str
+) -> None:
+    update = Nesterov()
+    object.__setattr__(update, "buffers", buffers)
+    object.__setattr__(update, "scalars", scalars)
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=f"the update keeps '{odd}'"):
+        OuterOptimizer(model, inner, FakeRun(1).comm(1), schedule=EveryH(2), update=update)
+
+
+def test_the_eager_merge_takes_no_scalars() -> None:
+    update = Nesterov()
+    object.__setattr__(update, "scalars", ("steps",))
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = EveryH(2, overlap=2)
+    with pytest.raises(ConfigError, match="a linear update without scalars"):
+        OuterOptimizer(
+            model, inner, FakeRun(1).comm(1), schedule=schedule, update=update, merge=Eager()
+        )
+
+
 def test_state_of_another_model_is_refused() -> None:
     run = FakeRun(1)
     trained = train_all(1, 4, lambda m, o, c: make("diloco", m, o, c, sync_every=2))
@@ -341,7 +386,7 @@ def test_state_of_another_model_is_refused() -> None:
     model = nn.Linear(2, 2)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(StateError, match="expected"):
-        make("diloco", model, inner, run.comm(1), state=saved)
+        make("diloco", model, inner, run.comm(1), sync_every=2, state=saved)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:

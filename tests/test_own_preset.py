@@ -82,6 +82,26 @@ def test_it_gets_the_options_that_it_names(run_dir: Path) -> None:
     assert outer.schedule == EveryH(9)
 
 
+def test_options_with_names_of_its_own(run_dir: Path) -> None:
+    text = "def f(model, optimizer, comm, sync_every, gain=1.0, word='a'): pass\n"
+    module(run_dir, "mine_named", text)
+    config = config_of("mine_named:f", own={"gain": 2.5, "word": "b"}, momentum=0.1)
+    assert preset.options(parse(config)) == {"sync_every": 30, "gain": 2.5, "word": "b"}
+    with pytest.raises(ConfigError, match=r"outer\.own\.gian=1: .* has no option gian; .*gain"):
+        preset.options(parse(config_of("mine_named:f", own={"gian": 1})))
+    with pytest.raises(ConfigError, match="for a function of your own, and diloco is none"):
+        preset.options(parse(config_of("diloco", own={"gain": 1})))
+    with pytest.raises(ConfigError, match=r"outer\.own=3 must be"):
+        parse(config_of("mine_named:f", own=3))
+
+
+def test_rounds_further_apart_than_samples_are_handed_out_are_refused() -> None:
+    preset.check_distance(EveryH(4), 4)
+    preset.check_distance(EveryH(3), 4)
+    with pytest.raises(ConfigError, match=r"0 and 5 are further apart than outer\.sync_every=4"):
+        preset.check_distance(EveryH(5), 4)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -120,13 +140,27 @@ def test_what_is_no_name_is_told_what_there_is(name: str) -> None:
 def test_options_that_it_does_not_take_are_named(run_dir: Path) -> None:
     module(run_dir, "mine_unused")
     (run_dir / "text.txt").write_bytes(b"some words, and some more of them; " * 4000)
-    config = config_of("mine_unused:strict", alpha=0.5)
+    config = config_of("mine_unused:strict", alpha=0.5, own={"clip": 2.0})
     config["data"]["path"] = str(run_dir / "text.txt")
-    words = ["outer.preset=mine_unused:strict", "+outer.alpha=0.5", "outer.sync_every=30", "keep=2"]
-    job = TrainJob.of(config, words)
-    job.prepare()
-    (told,) = [line.partition(" ")[2] for line in job.board({}).events][1:]
-    assert told == "+outer.alpha=0.5 is not used: mine_unused:strict takes no alpha"
+    config["codec"]["error_feedback"] = True
+    words = ["outer.preset=mine_unused:strict", "+outer.alpha=0.5", "outer.sync_every=30",
+             "keep=2", "outer=diloco", "+outer.own.clip=2"]  # fmt: skip
+
+    def told(name: str) -> list[str]:
+        outer = {**config["outer"], "preset": name}
+        if name != "mine_unused:strict":
+            del outer["own"]
+        job = TrainJob.of(config | {"outer": outer}, words)
+        job.prepare()
+        return [line.partition(" ")[2] for line in job.board({}).events][1:]
+
+    assert told("mine_unused:strict") == [
+        "+outer.alpha=0.5 is not used: mine_unused:strict takes no alpha"
+    ]
+    module(run_dir, "mine_plain", "def f(model, optimizer, comm, sync_every, codec): pass\n")
+    assert "codec.error_feedback=True is not used: mine_plain:f takes no error_feedback" in told(
+        "mine_plain:f"
+    )
 
 
 def test_a_machine_without_the_module_is_told_so(run_dir: Path) -> None:

@@ -16,6 +16,7 @@ from decotrain.control.server import ServerThread
 from decotrain.errors import ConfigError, NotFiniteError, RoundError
 from decotrain.outer import make
 from decotrain.outer.codec import CodecChoice
+from decotrain.rounds import Result
 from tests.outer_naive import deep
 from tests.outer_runs import take_steps
 from tests.test_communicator import WAIT_S, together
@@ -112,6 +113,28 @@ def test_the_residual_outlives_changes_of_the_view(coordinator: ServerThread) ->
     assert residual.any()
     assert guests_kept.any()
     assert np.abs(got + residual + guests_kept - meant).max() < 1e-3
+
+
+def test_one_residual_is_in_one_round_at_a_time() -> None:
+    with join("local") as comm:
+        kept, state = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
+        comm.register_state(0, {"mean": state})
+
+        def apply(result: Result) -> None:
+            with comm.updating(0):
+                state[:] = result.tensor
+
+        first = comm.all_reduce(values(1), codec="f32+e3m0", owner_residual=kept)
+        with pytest.raises(RoundError, match="has not written its owner_residual back: wait for"):
+            comm.all_reduce(values(2), codec="f32+e3m0", owner_residual=kept)
+        apply(first.wait(WAIT_S))
+        after = kept.copy()
+        assert after.any()
+        given = values(2)
+        work = comm.all_reduce(given.copy(), codec="f32+e3m0", owner_residual=kept)
+        work.forgo()  # its result is missed, and what it lost is kept when that is taken
+        comm.catch_up(0, apply, wait=True, timeout_s=WAIT_S)
+        assert np.abs(state + kept - (given + after)).max() < 1e-5
 
 
 def test_what_makes_no_sense_is_refused_and_changes_nothing() -> None:

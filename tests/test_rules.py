@@ -46,6 +46,8 @@ def test_one_that_is_far_off_does_not_carry_the_mean(codec: str) -> None:
         ({"rule": "norm_clip"}, "rule_parameter=None: norm_clip needs the longest length"),
         ({"rule": "norm_clip", "rule_parameter": 0}, "rule_parameter=0: norm_clip needs"),
         ({"rule": "norm_clip", "rule_parameter": -1.0}, "norm_clip needs"),
+        ({"rule": "norm_clip", "rule_parameter": 1e-50}, "norm_clip needs"),  # 0 in float32
+        ({"rule": "norm_clip", "rule_parameter": True}, "norm_clip needs"),
         ({"rule": "norm_clip", "rule_parameter": float("nan")}, "norm_clip needs"),
         ({"rule": "trimmed_mean"}, "trimmed_mean needs the part cut at each end"),
         ({"rule": "trimmed_mean", "rule_parameter": 0.5}, "from 0 to below 0.5"),

@@ -176,17 +176,22 @@ def test_a_sweep_is_one_run_for_each_value(place: Path, start: Callable[..., Run
         assert 0 < run.last.seconds <= run.seconds
 
 
-def test_peers_that_cannot_start_say_why(place: Path, start: Callable[..., Running]) -> None:
+@pytest.mark.parametrize(
+    ("meta", "why"), [({}, "shape (7,)"), ({"portion": 7}, "train on 7 samples between rounds")]
+)
+def test_peers_that_cannot_start_say_why(
+    place: Path, start: Callable[..., Running], meta: dict[str, int], why: str
+) -> None:
     """What only a peer can notice reaches the user as one line too."""
     checkpoint.write(
         place / "runs" / "first" / "checkpoints" / "peer-1",
         3,
         {"w": torch.zeros(1)},
         {"shared.0.theta": torch.zeros(7)},
-        {"outer": {"versions": [4], "step": 20}, "digest": ""},
+        {"outer": {"versions": [4], "step": 20}, "digest": "", **meta},
     )
     run = start("name=first", "peers=1", "steps=80", "resume=auto")
     assert run.process.wait(WAIT_S) == 2
-    assert "shape (7,)" in run.text
+    assert why in run.text
     assert "resume with the options the run was started with" in run.text
     assert "Traceback" not in run.text

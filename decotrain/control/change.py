@@ -11,8 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from decotrain.control import messages as m
+from decotrain.control import misfits
 from decotrain.control.ownership import Ownership
-from decotrain.control.plan import Candidate, Plan, advance, coverage, make_plan, slots_in_use
+from decotrain.control.plan import (
+    Candidate,
+    Plan,
+    advance,
+    complete,
+    contradicts,
+    coverage,
+    make_plan,
+    slots_in_use,
+    stateful,
+)
 from decotrain.control.rebuild import rebuild
 from decotrain.control.record import RecordMember
 from decotrain.control.roster import settle_s
@@ -118,6 +129,8 @@ class Changes:
         if not (c.out or c.demoted):
             c.due_s = None  # the suspect was only slow
         elif c.due_s is None or now >= c.due_s:
+            return True
+        if c.doubtful is not None and now >= c.doubtful.due_s:
             return True
         if self._lacking() or now < self.calm_s:
             return False
@@ -241,6 +254,7 @@ class Changes:
             base = lineage
         else:
             base = set()
+            misfits.judge(c, freeze.reports, now)
             lineage = {
                 key
                 for key in freeze.reports
@@ -258,7 +272,7 @@ class Changes:
             key
             for key, peer in c.peers.items()
             if key not in base
-            and (peer.void or (key not in lineage and _stateful(freeze.reports.get(key))))
+            and (peer.void or (key not in lineage and stateful(freeze.reports.get(key))))
         )
         plan = self._make(freeze, candidates, lineage, void | c.demoted.keys())
         if not plan.active and c.demoted:
@@ -281,7 +295,7 @@ class Changes:
         base, lineage = self._most_advanced(reports)
         newcomers = {key for key, report in reports.items() if not report["installed"]}
         candidates = self._candidates(reports, lineage | newcomers)
-        void = frozenset(key for key in newcomers - lineage if _stateful(reports[key]))
+        void = frozenset(key for key in newcomers - lineage if stateful(reports[key]))
         plan = self._make(freeze, candidates, lineage, void, renew=True)
         if not plan.active:
             return False
@@ -300,7 +314,7 @@ class Changes:
         """The base of a generation and all peers that hold exactly the same."""
         peers = self.c.peers
         base = max(sorted(reports), key=lambda key: (not peers[key].void, advance(reports[key])))
-        if peers[base].void or (reports[base]["installed"] and not _complete(reports[base])):
+        if peers[base].void or (reports[base]["installed"] and not complete(reports[base])):
             return base, {base}  # what it holds is not told by its report
         same = {
             key
@@ -308,7 +322,7 @@ class Changes:
             if not peers[key].void
             and coverage(report) == coverage(reports[base])
             and report["installed"] == reports[base]["installed"]
-            and not _contradicts(report, reports[base])
+            and not contradicts(report, reports[base])
         }
         return base, same
 
@@ -475,25 +489,3 @@ class Changes:
             installing.sent_s = now
             for key in waiting:
                 c.send(key, installing.messages[key])
-
-
-def _stateful(report: Mapping[str, Any] | None) -> bool:
-    """Does the application hold state, or has it not said what it holds?"""
-    if report is None:
-        return True
-    return not report["declared"] or any(tag["state"] for tag in report["tags"])
-
-
-def _complete(report: Mapping[str, Any]) -> bool:
-    """Does it hold a state for every tag that carries one?"""
-    return all(tag["covered"] >= 0 for tag in report["tags"] if tag["state"])
-
-
-def _contradicts(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """True when both remember a round with different digests."""
-    known = {(tag["tag"], seq): digest for tag in other["tags"] for seq, digest in tag["stable"]}
-    return any(
-        known.get((tag["tag"], seq), digest) != digest
-        for tag in one["tags"]
-        for seq, digest in tag["stable"]
-    )

@@ -93,7 +93,8 @@ def kick(
     message = m.Kick(run, peer, "" if peer else name, leave, reason)
     answer: m.Done = _ask(address, message, m.Done, timeout_s, token)
     if not answer.ok:
-        raise ConfigError(f"cannot leave out {name!r}: {answer.detail}; see `decotrain status`")
+        what = "ask {!r} to leave" if leave else "leave out {!r}"
+        raise ConfigError(f"cannot {what.format(name)}: {answer.detail}; see `decotrain status`")
     return answer.detail
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from decotrain import __version__
 from decotrain.control import messages as m
+from decotrain.control import misfits
 from decotrain.control.change import Changes
 from decotrain.control.effects import Log, Persist, Received, Send, Stop, Tick, identity
 from decotrain.control.measures import Measures
@@ -62,6 +63,7 @@ class Coordinator:
         self.out: dict[int, tuple[str, str]] = {}  # members to leave out: kind, reason
         self.demoted: dict[int, str] = {}  # active members to observe
         self.due_s: float | None = None  # a change that cannot wait is due
+        self.doubtful: misfits.Doubtful | None = None
         self.effects: list[Any] = []
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_MAX)
         self.event_count = 0
@@ -126,13 +128,15 @@ class Coordinator:
             return
         if event.key and event.key in self.record.barred:
             if hasattr(message, "peer") and source == identity(message.peer):
-                reason = "the key of this peer was taken away"
+                before = self.out.get(message.peer) or self.gone.get(message.peer)
+                told = [one for one in before or () if isinstance(one, str)]
+                reason = told[-1] if told else "the key of this peer was taken away"
                 self.send(message.peer, m.Evicted(self.record.run, message.peer, reason, False))
             return
         if isinstance(message, m.AskStatus) and message.run in ("", self.record.run):
             self.effects.append(Send(source, m.Status(status(self, now, message.events_after))))
             return
-        if message.run != self.record.run:
+        if message.run != self.record.run and not (isinstance(message, m.Kick) and not message.run):
             reason = f"this is run {self.record.run!r}, not {message.run!r}: give --run"
             reason += f" {self.record.run}, or the address of that other run's coordinator"
             if isinstance(message, m.Hello):
@@ -303,7 +307,11 @@ class Coordinator:
         """kind: left, exited, kicked, diverged, unfit, misfit at once; silent until it talks."""
         reason = reason[: m.NOTE_MAX]  # else nobody takes the message that says it
         if peer not in self.members():
-            if self.peers.pop(peer, None) is not None and kind != "silent":
+            name = self.name(peer)
+            if self.peers.pop(peer, None) is None:
+                return
+            self.log("left" if kind == "left" else "suspected", f"{name}: {reason}", now)
+            if kind != "silent":
                 again = kind not in ("left", "kicked")
                 self.gone.add(peer, reason, again)
                 self.send(peer, m.Evicted(self.record.run, peer, reason, again))
@@ -374,7 +382,8 @@ class Coordinator:
 
     def next_s(self) -> float | None:
         """When a tick must not come later than usual."""
-        due = [due_s for due_s in (self.due_s, self.asking_s) if due_s is not None]
+        judged_s = self.doubtful.due_s if self.doubtful and not self.changes.busy() else None
+        due = [due_s for due_s in (self.due_s, self.asking_s, judged_s) if due_s is not None]
         return min(due) if due else None
 
     def _accused(self, peer: Peer, message: m.Suspect, now: float) -> None:
@@ -387,7 +396,7 @@ class Coordinator:
             if message.kind == "void":
                 self.leave_out(message.who, "void", message.detail or "its state is void", now)
             elif message.kind == "spec_mismatch":
-                self._misfits(accuser, "the others", message, now)
+                misfits.hear(self, accuser, message, now)
             return
         if message.kind == "diverged" and not message.who:
             self._diverged(message, now)
@@ -409,17 +418,9 @@ class Coordinator:
         elif message.kind == "diverged":
             self.leave_out(accused.peer, "diverged", detail, now)
         elif message.kind == "spec_mismatch":
-            # Where a round is one chunk only one of the two can see it: who says so says nothing.
-            stays, goes = sorted((accuser, accused), key=lambda one: (not one.active, one.slot))
-            self._misfits(goes, self.name(stays.peer), message, now)
+            misfits.hear(self, accuser, message, now)
         elif message.kind == "refused":
             self.log("refused", f"{self.name(accused.peer)}: {message.detail}", now)
-
-    def _misfits(self, who: RecordMember, others: str, said: m.Suspect, now: float) -> None:
-        """Once more would end the same: it does not come back by itself."""
-        reason = "its tensors, codec or options differ from the run's: start it with those of"
-        reason += f" {others} (round {said.tag}/{said.seq}: {said.detail})"
-        self.leave_out(who.peer, "misfit", reason, now)
 
     def _excused(self, by_active: bool, message: m.Suspect) -> bool:
         """An observer may see others late through a slow link of its own, and a round that waits

@@ -22,6 +22,7 @@ HELLO_FIRST_S = 0.1
 HELLO_LAST_S = 2.0
 LEAVE_S = 0.5
 SUSPECTS_MAX = 16
+REFUSED_MAX = 4  # of one peer in one view: told once each
 
 Freeze = tuple[int, int]
 
@@ -162,6 +163,7 @@ class Member:
         self.leaving = False
         self.down: set[int] = set()
         self.doubts: list[Doubt] = []
+        self.refused: dict[int, int] = {}  # peer -> how often its frames were, in this view
         self.routes = 0
         self.figures: dict[str, Any] = {}
         self.last_round: dict[str, str] = {}  # tag/number, as a figure
@@ -198,9 +200,7 @@ class Member:
         elif isinstance(event, Link):
             self._link(event, now)
         elif isinstance(event, Doubt):
-            if event not in self.doubts and len(self.doubts) < SUSPECTS_MAX:
-                self.doubts.append(event)
-                self._say_doubt(event)
+            self._doubt(event)
         elif isinstance(event, Current):
             if event.current != self.current:
                 self.current = event.current
@@ -215,6 +215,15 @@ class Member:
         if not self.over:
             self._repeat(now)
         return self.effects
+
+    def _doubt(self, event: Doubt) -> None:
+        if event.kind == "refused":  # brings no view about, so nothing would ever forget it
+            told = self.refused[event.who] = self.refused.get(event.who, 0) + 1
+            if told <= REFUSED_MAX:
+                self._say_doubt(event)
+        elif event not in self.doubts and len(self.doubts) < SUSPECTS_MAX:
+            self.doubts.append(event)
+            self._say_doubt(event)
 
     # --- what the coordinator says
 
@@ -308,6 +317,7 @@ class Member:
         self.report = None
         self.current = False
         self.doubts.clear()
+        self.refused.clear()
         here = {row[0] for row in self.members}
         self.down &= here
         self._ack(event.view)

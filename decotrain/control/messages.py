@@ -200,7 +200,7 @@ class Exited:
 class Kick:
     """An operator leaves a peer out, or asks it to leave."""
 
-    run: Annotated[str, name]
+    run: Annotated[str, run_or_any]
     peer: Annotated[int, u64]  # 0: by name
     name: Annotated[str, peer_name]  # or how it begins
     leave: Annotated[bool, boolean]
@@ -291,7 +291,7 @@ class Evicted:
 
 @dataclass(frozen=True)
 class Status:
-    status: Annotated[dict[str, Any], tree(8, 65536)]
+    status: Annotated[dict[str, Any], tree(9, 1 << 17)]  # a configuration, one level deeper
 
 
 @dataclass(frozen=True)

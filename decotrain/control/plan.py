@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decotrain.control.maps import NO_SLOT, ahead, pack_words, words
+from decotrain.control.misfits import Voter, specification, stands
 
 Key = tuple[int, int]  # tag, seq
 
@@ -69,7 +70,7 @@ def make_plan(
     plan = Plan(install={}, active=[])
     sources = _sources(candidates, reports, lineage)
     stable, digests = _stable_rounds(sources, renew, plan)
-    rounds = _open_rounds(sources, stable, plan)
+    rounds = _open_rounds(sources, {one.peer for one in candidates if one.was_active}, plan)
     for key in _beyond(rounds, stable, renew):
         del rounds[key]  # it was begun on rounds that are lost with the old generation
     values = {key: _values(key, entry, sources, plan) for key, entry in rounds.items()}
@@ -166,6 +167,28 @@ def coverage(report: Mapping[str, Any]) -> dict[int, int]:
     }
 
 
+def stateful(report: Mapping[str, Any] | None) -> bool:
+    """Does the application hold state, or has it not said what it holds?"""
+    if report is None:
+        return True
+    return not report["declared"] or any(tag["state"] for tag in report["tags"])
+
+
+def complete(report: Mapping[str, Any]) -> bool:
+    """Does it hold a state for every tag that carries one?"""
+    return all(tag["covered"] >= 0 for tag in report["tags"] if tag["state"])
+
+
+def contradicts(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True when both remember a round with different digests."""
+    known = {(tag["tag"], seq): digest for tag in other["tags"] for seq, digest in tag["stable"]}
+    return any(
+        known.get((tag["tag"], seq), digest) != digest
+        for tag in one["tags"]
+        for seq, digest in tag["stable"]
+    )
+
+
 def _sources(
     candidates: list[Candidate],
     reports: Mapping[int, Mapping[str, Any]],
@@ -210,21 +233,16 @@ def _stable_rounds(
     return stable, digests
 
 
-def _open_rounds(
-    sources: list[_Source], stable: dict[int, int], plan: Plan
-) -> dict[Key, dict[str, Any]]:
+def _open_rounds(sources: list[_Source], active: set[int], plan: Plan) -> dict[Key, dict[str, Any]]:
     """Rounds the plan speaks of, each with the entry that says its specification."""
-    rounds: dict[Key, dict[str, Any]] = {}
-    for begun in (True, False):  # a specification from who began the round, if anybody did
-        for source in sources:
-            for key, entry in source.rounds.items():
-                if entry["begun"] is begun and key not in rounds:
-                    rounds[key] = entry
-    for key in list(rounds):
-        entry = rounds[key]
+    rounds = {
+        key: _speaks_for(key, [source for source in sources if key in source.rounds], active)
+        for key in dict.fromkeys(key for source in sources for key in source.rounds)
+    }
+    for key, entry in list(rounds.items()):
         for source in sources:
             other = source.rounds.get(key)
-            if other is not None and not _same_spec(entry, other):
+            if other is not None and specification(entry) != specification(other):
                 plan.conflicts.append(
                     f"peer {source.peer:x} runs another specification in round {key[0]}/{key[1]}"
                 )
@@ -239,6 +257,22 @@ def _open_rounds(
     return rounds
 
 
+def _speaks_for(key: Key, knowing: list[_Source], active: set[int]) -> dict[str, Any]:
+    """The entry whose specification the round has: of who began it, if anybody did."""
+    begun = [source for source in knowing if source.rounds[key]["begun"]]
+    if not begun:
+        return knowing[0].rounds[key]
+    votes = [
+        (
+            Voter(one.peer, NO_SLOT if one.slot is None else one.slot, one.peer in active),
+            specification(one.rounds[key]),
+        )
+        for one in begun
+    ]
+    best, _ = stands(votes)
+    return next(one.rounds[key] for one in begun if specification(one.rounds[key]) == best)
+
+
 def _beyond(
     rounds: Mapping[Key, Mapping[str, Any]], stable: Mapping[int, int], renew: bool
 ) -> list[Key]:
@@ -248,10 +282,6 @@ def _beyond(
         for (tag, seq), entry in rounds.items()
         if seq > stable[tag] + (1 if renew else 2) + ahead(entry["spec"])
     ]
-
-
-def _same_spec(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return bool(one["spec"] == other["spec"] and len(one["owner"]) == len(other["owner"]))
 
 
 @dataclass

@@ -97,11 +97,15 @@ def config_misfit(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | N
     if not odd:
         return None
     shown = [
-        f"{key}: the run has {_short(run.get(key))}, this peer {_short(peer.get(key))}"
+        f"{_plain(key)}: the run has {_short(run.get(key))}, this peer {_short(peer.get(key))}"
         for key in odd[:4]
     ]
     more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
     return "; ".join(shown) + more
+
+
+def _plain(key: str) -> str:
+    return key if key.isprintable() else repr(key)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,6 +48,12 @@ def split_address(address: str) -> tuple[str, int]:
         host, _, port = text.partition(":")
     if not host or any(letter.isspace() or letter in "/@" for letter in host):
         raise ConfigError(f"{address!r} is no address; write HOST:PORT, for example 10.0.0.7:29400")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ConfigError(
+            f"{address!r} is no address: a part of {host!r} between two dots is empty or too long"
+        ) from None
     if not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{address!r} has no valid port; write HOST:PORT with PORT in 0..65535")
     return host, int(port)

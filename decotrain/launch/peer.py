@@ -62,6 +62,11 @@ class PeerAgent(LocalElasticAgent):
                 _say(f"{why}; it is started again ({self._remaining_restarts} restarts left)")
         return result
 
+    def _shutdown(self, *given: Any, **more: Any) -> None:
+        if given:  # a signal: without one the group has ended by itself
+            _say(f"stopping; its processes have {more.get('timeout', 30)} s to leave")
+        super()._shutdown(*given, **more)
+
 
 class Peer:
     """One `decotrain run`."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decotrain.errors import ConfigError
 from decotrain.outer.allotment import Allotment
 from decotrain.outer.update import SPAN_ELEMENTS
 
@@ -34,6 +35,13 @@ class Fragment:
         scalar_names: Sequence[str],
         device: torch.device | str | None = None,  # to work on; None: in host memory, no copy
     ) -> None:
+        kept = [*buffer_names, *scalar_names]
+        for name in kept:  # the allotment is the first by name, see `state`
+            if name <= "allotted" or name in ("theta", "started") or kept.count(name) > 1:
+                raise ConfigError(
+                    f"the update keeps {name!r}: names of its buffers and scalars differ, come"
+                    " after 'allotted' in the alphabet, and are not theta or started"
+                )
         self.tag = tag
         self.parameters = parameters
         self.spans: dict[str, slice] = {}

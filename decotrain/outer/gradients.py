@@ -51,6 +51,7 @@ class Bucket:
         self.state: dict[str, Tensor] = {"started": self.started}
         self.missing = set(parameters)  # gradients that are not there yet in this step
         self.work: Work | None = None
+        self.before: Tensor | None = None  # the residual, should this step's round not count
 
     def gather(self) -> Tensor:
         """values <- gradients; zero where no loss reaches."""
@@ -181,6 +182,7 @@ class GradientAveraging:
             values = bucket.gather()
             owed = self.owner_residuals.get(bucket.tag)
             given = Contribution(values, self.tokens, values, residual, owner_residual=owed)
+            bucket.before = None if residual is None else residual.clone()
             bucket.work = self.codec.begin(self.comm, bucket.tag, given)
 
     def average(self) -> None:
@@ -197,6 +199,8 @@ class GradientAveraging:
             result = bucket.work.wait()
             lost = result.outcome == "lost"
             mean = None if lost else self.codec.mean(result, bucket.values.numel())
+            if bucket.before is not None and (lost or self.comm.peer not in result.contributors):
+                self.residuals[bucket.tag].copy_(bucket.before)  # what was sent has not counted
             for parameter, part in bucket.scatter():
                 parameter.grad = None if mean is None else part.to(parameter, copy=True)
             if bucket is self.buckets[0]:  # samples go by it

@@ -118,7 +118,7 @@ def _in_place_of(
     parameter: nn.Parameter,
     state: defaultdict[Tensor, Any],
 ) -> Iterator[None]:
-    """The optimizer has this parameter alone, and nobody's hooks hear of its steps."""
+    """The optimizer has this parameter alone, and its own hooks do not hear of its steps."""
     instead: dict[str, Any] = {
         "param_groups": [{**group, "params": [parameter]}],
         "state": state,

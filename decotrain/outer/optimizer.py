@@ -75,10 +75,11 @@ class OuterOptimizer:
         self.model, self.comm = model, comm
         self.schedule, self.update = schedule, update
         self.codec, self.merge = codec or CodecChoice(), merge or Replace()
-        if isinstance(self.merge, Eager) and not (update.linear and schedule.late):
+        linear = update.linear and not update.scalars
+        if isinstance(self.merge, Eager) and not (linear and schedule.late):
             raise ConfigError(
-                "the eager merge needs a linear update (SGD, Nesterov) and a schedule whose"
-                " results come one round late (EveryH with overlap = steps)"
+                "the eager merge needs a linear update without scalars (SGD, Nesterov) and a"
+                " schedule whose results come one round late (EveryH with overlap = steps)"
             )
         self.fragments = [
             Fragment(tag, {n: trained[n] for n in names}, update.buffers, update.scalars, device)

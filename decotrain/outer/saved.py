@@ -61,6 +61,7 @@ def save(outer: OuterOptimizer) -> dict[str, Any]:
         "private": {key: tensor.cpu() for key, tensor in private.items()},
         "facts": {
             "step": outer.global_step,
+            "rounds_at": _rounds_at(outer),
             "versions": [outer.comm.version(f.tag) for f in outer.fragments],
             "entered": [f.version for f in outer.fragments],
             "digests": [f.digest.hex() for f in outer.fragments],
@@ -68,6 +69,17 @@ def save(outer: OuterOptimizer) -> dict[str, Any]:
             "flights": flights,
         },
     }
+
+
+def _rounds_at(outer: OuterOptimizer) -> list[list[int]]:
+    """The schedule, in short: with another one the step would not tell how many rounds there were,
+    and peers would begin them at different steps."""
+    return [[outer.schedule.sent_at(f.tag, number) for number in (1, 2)] for f in outer.fragments]
+
+
+def _listed(rounds_at: list[list[int]]) -> str:
+    shown = ["+".join(str(step) for step in steps) for steps in rounds_at[:8]]
+    return ", ".join(shown) + (", ..." if len(rounds_at) > 8 else "")
 
 
 def _own(outer: OuterOptimizer, fragment: Fragment) -> dict[str, Tensor]:
@@ -111,6 +123,13 @@ def load(outer: OuterOptimizer, state: dict[str, Any]) -> list[int]:
         raise StateError(
             f"the saved state has {len(versions)} fragments, this schedule has "
             f"{len(outer.fragments)}; resume with the options the run was started with"
+        )
+    theirs, ours = facts.get("rounds_at"), _rounds_at(outer)
+    if theirs not in (None, ours):
+        raise StateError(
+            f"the saved state is of rounds that begin after steps {_listed(theirs)}, and this"
+            f" schedule's begin after {_listed(ours)} (sync_every, fragments); resume with the"
+            " options the run was started with"
         )
     outer.global_step = int(facts["step"])
     for f in outer.fragments:

@@ -67,8 +67,13 @@ class TrainJob:
             group, _, key = word.partition("=")[0].lstrip("+").partition(".")
             if "codec" not in self.outer and re.match(r"\+*codec[.=@]", word):
                 yield f"{word} is not used: outer={preset} has a codec of its own"
-            elif group == "outer" and is_own(preset) and key not in ("preset", *self.outer):
+            key = key.removeprefix("own.")
+            if group == "outer" and key and is_own(preset) and key not in ("preset", *self.outer):
                 yield f"{word} is not used: {preset} takes no {key}"
+        if is_own(preset) and "codec" in self.outer:
+            for key, value in vars(self.settings.codec).items():
+                if key != "name" and value not in (False, "f32") and key not in self.outer:
+                    yield f"codec.{key}={value} is not used: {preset} takes no {key}"
 
     def saved(self, folder: Path, board: Board) -> list[str]:
         """The most advanced checkpoint of any peer."""

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from decotrain.errors import ConfigError, Error
+from decotrain.control.messages import ASKED_TO_LEAVE
+from decotrain.errors import ConfigError, Error, RefusedError
 from decotrain.train import control_link
 from decotrain.train.metrics import RoundMeans, RunLog, Tail
 from decotrain.train.processes import (
@@ -35,6 +36,7 @@ from decotrain.train.table import Board, PeerRow, View
 POLL_S = 0.2
 STATUS_S = 1.0
 GRACE_S = 10.0  # for processes to end by themselves
+ROOM_BYTES = 1 << 20  # less is none: figures of a second are thousands, a page is 4096
 LAST_S = 30.0  # for the others, when one peer has finished
 
 
@@ -81,6 +83,7 @@ class Launcher:
         self.coordinator: Child | None = None
         self.address = ""
         self.status_asked_s = 0.0
+        self.full = False  # no room in the folder
         self.finished_s: float | None = None  # when the first peer finished
 
     # --- before and after
@@ -101,11 +104,15 @@ class Launcher:
                 self._start(arguments)
                 while not self._ended():
                     self._look(view)
-            self._summarise(time.monotonic() - started_s)
-        except KeyboardInterrupt:
-            self._stop_all()
+            if any(row.state == "finished" for row in self.board.rows.values()):
+                self._summarise(time.monotonic() - started_s)
+            else:  # an operator has asked the last one to leave
+                self.log.note("interrupted")
+                print(f"no peer is left; to go on: {self._resume_command()}")
+        except KeyboardInterrupt:  # said first: who presses again wants to know too
             self.log.note("interrupted")
-            print(f"stopped; to go on: {self._resume_command()}")
+            print(f"\nstopping; to go on: {self._resume_command()}", flush=True)
+            self._stop_all()
             return 130
         finally:
             self._stop_all()
@@ -179,8 +186,21 @@ class Launcher:
                 row = self.board.rows.get(peer["name"])
                 if row is not None and peer["peer"] == f"{row.peer_id:016x}":
                     row.role = peer["role"]
+            self._look_for_room()
         view.refresh()
         time.sleep(POLL_S)
+
+    def _look_for_room(self) -> None:
+        """Journals and checkpoints that find no room are lost without a word: theirs is one too."""
+        try:
+            full = shutil.disk_usage(self.folder).free < ROOM_BYTES
+        except OSError:
+            return
+        if full and not self.full:
+            self._note(f"no room in {self.folder}: figures and checkpoints are lost, rounds go on")
+        elif self.full and not full:
+            self._note("there is room again")
+        self.full = self.log.full = full
 
     def _read(self) -> None:
         for name, tail in self.tails.items():
@@ -209,18 +229,23 @@ class Launcher:
         self.log.note("lost", peer=name, why=why)
         control_link.exited(self.address, self.job.name, row.peer_id, self.launches[name], why)
         row.peer_id = 0
-        self._replace(name, why)
+        if ASKED_TO_LEAVE in last:
+            row.state = "left"
+            self._note(f"{name} has left, as it was asked to")
+        else:
+            self._replace(name, why, final=code == 2)
 
-    def _replace(self, name: str, why: str) -> None:
+    def _replace(self, name: str, why: str, final: bool) -> None:
         rows = self.board.rows.values()
         if any(row.state == "finished" for row in rows):
             return  # the run is about to end; there would be nobody to fetch state from
         row = self.board.rows[name]
         # Crashing again where it began, it would crash for ever.
         hopeless = "exit code" in why and row.incarnation and row.step <= self.began[name]
-        if self.restarts[name] >= self.job.restarts or hopeless:
+        if self.restarts[name] >= self.job.restarts or hopeless or final:
             if not self.children:
-                raise Error(f"all peers are lost; the last was {name} ({why}); see {self.folder}")
+                kind = RefusedError if final else Error
+                raise kind(f"all peers are lost; the last was {name} ({why}); see {self.folder}")
             return
         self.restarts[name] += 1
         self.began[name] = row.step

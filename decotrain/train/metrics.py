@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,8 @@ class RunLog:
         self._folder = folder
         self._journal = Journal(folder / "events.jsonl")
         self._writers: dict[str, Any] = {}
+        self.full = False  # no room in the folder: TensorBoard's thread would not survive a write
+        self._hook, threading.excepthook = threading.excepthook, self._thread_ended
 
     def note(self, event: str, **values: Any) -> None:
         """Something the launcher itself saw."""
@@ -138,13 +142,26 @@ class RunLog:
             return
         for key in self.SCALARS:
             if isinstance(event.get(key), int | float):
-                self._writer(peer).add_scalar(key, event[key], step, event.get("time_s"))
+                self._scalar(peer, key, event[key], step, event.get("time_s"))
 
     def mean(self, figures: Event) -> None:
         """A round's figures over all who contributed: `run` in TensorBoard."""
         self._journal.write("mean", **figures)
         for key in ("loss", "tokens", "peers"):
-            self._writer("run").add_scalar(key, figures[key], figures["step"])
+            self._scalar("run", key, figures[key], figures["step"], None)
+
+    def _scalar(self, peer: str, key: str, value: float, step: int, time_s: float | None) -> None:
+        """Lost when there is no room, as a line of the journal is."""
+        if self.full:
+            return
+        try:
+            self._writer(peer).add_scalar(key, value, step, time_s)
+        except OSError:  # its thread ended so, and says it with every call: the next has a new one
+            self._writers.pop(peer, None)
+
+    def _thread_ended(self, told: threading.ExceptHookArgs) -> None:
+        if not isinstance(told.exc_value, OSError):
+            self._hook(told)
 
     def _writer(self, peer: str) -> Any:
         if peer not in self._writers:
@@ -156,5 +173,7 @@ class RunLog:
 
     def close(self) -> None:
         for writer in self._writers.values():
-            writer.close()
+            with suppress(OSError):
+                writer.close()
         self._journal.close()
+        threading.excepthook = self._hook

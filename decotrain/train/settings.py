@@ -50,6 +50,7 @@ class OuterSettings:
     keep: int | None = None
     decay: float | None = None
     bucket_elements: int | None = None
+    own: Mapping[str, Any] | None = None  # options that a function of the user's own names
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def parse(config: Mapping[str, Any]) -> Settings:
 
 def _check_together(settings: Settings) -> None:
     model, outer = settings.model, settings.outer
+    if not all(0.0 <= beta < 1.0 for beta in settings.inner.betas):
+        raise ConfigError(f"inner.betas={list(settings.inner.betas)}: each is from 0 to below 1")
     if model.width % (2 * model.heads):
         raise ConfigError(
             f"model.width={model.width} is not a multiple of 2 x model.heads={model.heads}"

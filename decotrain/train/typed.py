@@ -65,6 +65,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     kinds = [one for one in typing.get_args(hint) if one is not type(None)]
     if len(kinds) == 1 and type(None) in typing.get_args(hint):  # a type, or null
         return None if value is None else _value(kinds[0], value, key)
+    if typing.get_origin(hint) is Mapping and isinstance(value, Mapping):  # for others to check
+        return {str(name): one for name, one in value.items()}
     if hint is float and type(value) in (int, float):
         return float(value)
     if hint in (int, bool) and type(value) is hint:

@@ -22,20 +22,21 @@ from torch import nn
 from decotrain import checkpoint
 from decotrain.communicator import Communicator
 from decotrain.data import LANES, Corpus, Numbers, SampleOrder, open_corpus, windows
-from decotrain.errors import FileError
+from decotrain.errors import FileError, StateError
 from decotrain.model import ModelConfig, Transformer, loss_of
 from decotrain.outer import GradientAveraging, OuterOptimizer, make
 from decotrain.outer.allotment import Portions
 from decotrain.train import peer
 from decotrain.train.inner import make_optimizers, set_rates
 from decotrain.train.metrics import Journal
-from decotrain.train.preset import options
+from decotrain.train.preset import check_distance, options
 from decotrain.train.settings import SHARED, Settings, parse
 
 Outer = OuterOptimizer | GradientAveraging
 
 EVALUATION_BATCH = 32
 ALONE = "alone"  # name of the peer that trains without a run
+ANEW = "no round has counted what this peer learnt in {} steps: it forgets that, and goes on"
 
 
 def make_model(settings: Settings) -> Transformer:
@@ -134,7 +135,8 @@ class Trainer:
     def save(self, folder: Path, round_number: int, outer: Outer | None) -> None:
         """A checkpoint; its model is the outer parameters."""
         tensors: dict[str, torch.Tensor] = {"torch_rng": torch.get_rng_state()}
-        meta: dict[str, Any] = {"inner": [], "config": peer.config_of(self.folder)}
+        config = peer.config_of(self.folder)
+        meta: dict[str, Any] = {"inner": [], "config": config, "portion": self.portion}
         for number, optimizer in enumerate(self.inner):
             moments, facts = checkpoint.pack_optimizer(optimizer, f"inner{number}")
             tensors |= moments
@@ -179,16 +181,19 @@ def train_alone(trainer: Trainer) -> None:
 def make_outer(trainer: Trainer, comm: Communicator, resume: Path | None) -> Outer:
     """The preset of the configuration, with the options it has."""
     settings = trainer.settings
-    state = _outer_state(resume, trainer.folder / "checkpoints" / trainer.peer)
-    return make(
+    place = trainer.folder / "checkpoints" / trainer.peer
+    outer = make(
         settings.outer.preset,
         trainer.model,
         trainer.inner,
         comm,
-        state=state,
+        state=_outer_state(resume, place, trainer.portion),
         epoch_portions=trainer.epoch_portions,
         **options(settings),
     )
+    if isinstance(outer, OuterOptimizer):
+        check_distance(outer.schedule, settings.outer.sync_every)
+    return outer
 
 
 def train_together(trainer: Trainer, comm: Communicator, resume: Path | None) -> None:
@@ -227,6 +232,7 @@ def draw(trainer: Trainer, outer: Outer, slot: int) -> Numbers:
     if portions.spent(slot):
         outer.finish()  # what is under way may count
     if portions.spent(slot):
+        trainer.journal.write("note", text=ANEW.format(len(trainer.uncounted)))
         outer.begin_anew()
         portions.begin_anew()
         trainer.uncounted = []
@@ -281,7 +287,7 @@ def _figures(trainer: Trainer, outer: Outer) -> dict[str, Any]:
     }
 
 
-def _outer_state(resume: Path | None, place: Path) -> dict[str, Any] | None:
+def _outer_state(resume: Path | None, place: Path, portion: int) -> dict[str, Any] | None:
     """What the outer optimizer starts from, when the run goes on from a checkpoint: our own of the
     same round if there is one, with our local parameters, else the shared part of another's."""
     if resume is None:
@@ -291,6 +297,11 @@ def _outer_state(resume: Path | None, place: Path) -> dict[str, Any] | None:
     same = own is not None and own.meta.get("digest") == saved.meta["digest"]
     if own is not None and same and own.round_number == saved.round_number:
         saved = own
+    if (was := saved.meta.get("portion", portion)) != portion:
+        raise StateError(
+            f"{resume} is of a run whose peers train on {was} samples between rounds (batch times"
+            f" outer.sync_every), here {portion}; resume with the options the run was started with"
+        )
     kinds: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "private": {}}
     for key, tensor in saved.state.items():
         kind, _, rest = key.partition(".")

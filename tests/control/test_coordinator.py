@@ -230,42 +230,6 @@ def test_a_diverged_minority_is_left_out(digests: tuple[tuple[int, int]], gone: 
     assert "diverged" in world.peers[gone].told[-1].detail
 
 
-@pytest.mark.parametrize(("accuser", "accused"), [(2, 1), (1, 2)])
-def test_of_two_specifications_the_lower_slot_stands_whoever_says_so(
-    accuser: int, accused: int
-) -> None:
-    """Where a round is one chunk its owner alone sees that another's frames do not fit."""
-    world = three()
-    world.step(world.peers[accuser], Doubt("spec_mismatch", accused, 0, 4, (), "x" * 600))
-    world.run(0.6)
-    assert world.agreed() == (1, 3)
-    told = world.peers[2].told[-1]
-    assert (told.kind, told.again) == ("evicted", False)
-    assert "its tensors, codec or options differ from the run's" in told.detail
-    assert "peer1" in told.detail
-    assert "round 0/4" in told.detail
-    assert any("peer2" in text and "differ" in text for text in world.texts("suspected"))
-
-
-def test_an_observer_with_another_specification_goes_whatever_its_slot() -> None:
-    world = three()
-    world.step(world.peers[2], Doubt("late_done", 1, 0, 4, (), ""))
-    world.run(0.6)
-    assert not world.peers[1].member.active
-    world.step(world.peers[1], Doubt("spec_mismatch", 3, 0, 5, (), "its frames name another"))
-    world.run(0.6)
-    assert world.agreed() == (2, 3)
-    assert not world.peers[1].told[-1].again
-
-
-def test_who_finds_the_view_with_another_specification_goes() -> None:
-    world = three()
-    world.step(world.peers[1], Doubt("spec_mismatch", 1, 0, 5, (), "the view runs it with another"))
-    world.run(0.6)
-    assert world.agreed() == (2, 3)
-    assert not world.peers[1].told[-1].again
-
-
 @pytest.mark.parametrize(("kind", "here"), [("refused", (1, 2, 3)), ("void", (1, 2))])
 def test_what_a_peer_says_of_itself(kind: str, here: tuple[int, ...]) -> None:
     """A NaN found in its own chunk costs it that contribution; a void state its place."""

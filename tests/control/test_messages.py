@@ -49,6 +49,16 @@ def test_a_message_survives_the_wire() -> None:
     assert m.decode(report_with()).report["rounds"][0]["owner"] == b"\0\xff"
 
 
+def test_a_configuration_as_deep_as_is_taken_is_shown_by_status() -> None:
+    deep: Any = 1
+    for _ in range(8):
+        deep = {"a": deep}
+    assert m.config(deep) == deep
+    m.encode(m.Status({"config": deep}))
+    with pytest.raises(MessageError, match="too deep"):
+        m.config({"a": deep})
+
+
 def test_a_hello_of_another_version_says_who_and_which() -> None:
     theirs = {"t": "hello", "run": "r", "protocol": 77, "peer": 5, "name": "n", "news": [1, 2]}
     assert m.decode(msgpack.packb(theirs)) == m.Foreign("r", 77, 5, "n")
