@@ -71,6 +71,8 @@ def test_help_of_train_shows_every_key(run_dir: Path) -> None:
         ("outer=nothing", ["outer/nothing", "diloco"]),
         ("peers=0", ["peers=0", "between 1 and 64"]),
         ("peers=[", ["'['"]),
+        ("peers", ["'peers' is no KEY=VALUE", "--help"]),
+        ("inner.betas=[0.9,1.5]", ["inner.betas=[0.9, 1.5]", "from 0 to below 1"]),
         ("data.path=/no/such/place", ["/no/such/place", "no file there"]),
         ("folder=/dev/null/runs", ["/dev/null/runs", "another folder"]),
     ],

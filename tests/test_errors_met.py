@@ -7,16 +7,21 @@ gone, and no space left.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,7 +36,9 @@ from decotrain.errors import ConfigError, FileError
 from decotrain.spsa import Recipe, seedlog
 from decotrain.spsa.record import Record
 from decotrain.spsa.space import Layout
-from decotrain.train.metrics import Journal, Tail
+from decotrain.train.launcher import Launcher
+from decotrain.train.metrics import Journal, RunLog, Tail
+from decotrain.train.table import Board
 from tests.test_run import WAIT_S, until
 
 ROOT = Path(__file__).parent.parent
@@ -283,6 +290,46 @@ def test_a_run_whose_checkpoints_find_no_room_trains_to_its_end_and_says_so(run_
     assert all("make room there; what was saved before stands" in line for line in notes)
     assert "step 20/20" in done.stdout
     assert "no checkpoint can be read" in done.stderr.splitlines()[-1]
+
+
+class DeadWriter:
+    """TensorBoard's, whose thread has found no room: it says so with every call."""
+
+    def add_scalar(self, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_tensorboard_without_room_stops_nobody(run_dir: Path) -> None:
+    before = threading.excepthook
+    log = RunLog(run_dir)
+    try:
+        log._writers["peer-1"] = DeadWriter()
+        log.take("peer-1", {"event": "progress", "step": 1, "loss": 2.0})
+        assert not log._writers
+        thread = threading.Thread(target=DeadWriter().add_scalar)
+        thread.start()
+        thread.join()  # its traceback would be on the screen: pytest would say so
+        log.full = True
+        log.take("peer-1", {"event": "progress", "step": 2, "loss": 2.0})
+        assert not log._writers, "a thread that would die"
+    finally:
+        log.close()
+    assert threading.excepthook is before
+
+
+def test_a_full_disk_is_told_once_and_its_end_too(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = SimpleNamespace(name="r", peers=1, restarts=0)
+    launcher = Launcher(cast(Any, job), run_dir, [])
+    launcher.board, launcher.log = Board("r", 1, 1, 1.0, {}), RunLog(run_dir)
+    free = iter([1 << 30, 0, 0, 1 << 30, 1 << 30])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    for _ in range(5):
+        launcher._look_for_room()
+    launcher.log.close()
+    told = [line.partition(" ")[2] for line in launcher.board.events]
+    assert [line.partition(" in ")[0] for line in told] == ["no room", "there is room again"]
 
 
 def test_a_token_for_which_there_is_no_room_leaves_nothing_behind(run_dir: Path) -> None:

@@ -173,11 +173,22 @@ def test_a_signal_is_forwarded_and_the_peer_leaves_in_order(
         started.line("in ")
         until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
         started.process.send_signal(number)
-        code, _, _ = started.end()
+        code, _, errors = started.end()
     assert code == 128 + number
+    assert "stopping; its processes have 30 s to leave" in errors
     kinds = [kind for kind, _ in events(coordinator)]
     assert "left" in kinds
     assert "suspected" not in kinds
+
+
+def test_a_killed_launcher_leaves_no_peer_behind(run_dir: Path, coordinator: ServerThread) -> None:
+    options = ("--join", coordinator.address, "--run", "test")
+    with Started(run_dir, JOIN + ROUNDS, *options) as started:
+        started.line("in ")
+        until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
+        started.process.kill()
+        until(lambda: not peers(coordinator))
+    assert "left" in [kind for kind, _ in events(coordinator)]
 
 
 @pytest.mark.parametrize(("command", "code"), [("kick", 2), ("leave", 0)])
@@ -189,8 +200,7 @@ def test_who_is_left_out_is_not_started_again(
         started.line("in ")
         until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
         done = subprocess.run(
-            [sys.executable, "-m", "decotrain.cli", command, coordinator.address, "here",
-             "--run", "test"],
+            [sys.executable, "-m", "decotrain.cli", command, coordinator.address, "here"],
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
             capture_output=True, text=True, check=False, timeout=WAIT_S,
         )  # fmt: skip

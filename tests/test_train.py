@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,6 +111,31 @@ def test_a_killed_peer_comes_back_and_everybody_holds_the_same(
     assert summary["rounds"] == saved + 6
     assert len(summary["digests"]) == 3
     assert len(set(summary["digests"].values())) == 1
+    assert not processes_of(folder)
+
+
+def test_who_is_kicked_or_asked_to_leave_is_not_started_again(
+    place: Path, start: Callable[..., Running]
+) -> None:
+    folder = place / "runs" / "first"
+    run = start("name=first", "peers=2", "steps=1000000")
+    run.until(lambda: len(digests(folder, "peer-2")) >= 2, "second round of peer-2")
+    found = re.search(r"coordinator at (\S+)", run.text)
+    assert found
+
+    def operate(*words: str) -> None:
+        command = [sys.executable, "-m", "decotrain.cli", words[0], found[1], *words[1:]]
+        root = str(Path(__file__).parent.parent)
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, check=False)
+        assert done.returncode == 0, words
+
+    operate("kick", "peer-1", "--reason", "too slow")
+    run.until(lambda: "kicked out by an operator (too slow)), 1 remain" in run.text, "the kick")
+    operate("leave", "peer-2")
+    assert run.process.wait(WAIT_S) == 0, run.text
+    assert "peer-2 has left, as it was asked to" in run.text
+    assert "no peer is left; to go on: " in run.text
+    assert "is started again" not in run.text
     assert not processes_of(folder)
 
 

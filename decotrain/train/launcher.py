@@ -110,8 +110,10 @@ class Launcher:
                 self.log.note("interrupted")
                 print(f"no peer is left; to go on: {self._resume_command()}")
         except KeyboardInterrupt:  # said first: who presses again wants to know too
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             self.log.note("interrupted")
             print(f"\nstopping; to go on: {self._resume_command()}", flush=True)
+            signal.signal(signal.SIGINT, _interrupt)
             self._stop_all()
             return 130
         finally:

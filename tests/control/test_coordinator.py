@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from decotrain.control import messages as m
-from decotrain.control.effects import Received, identity
+from decotrain.control.effects import Received, Send, identity
 from decotrain.control.maps import pack_words
 from decotrain.control.member import AskLeave, Current, Doubt, Identity, Link, Member
 from decotrain.control.roster import meant, settle_s
@@ -288,7 +288,10 @@ def test_a_late_hello_of_an_old_incarnation_does_not_end_the_only_holder() -> No
     old.ready = True
     world.wire.append((identity(9), b"c", m.encode(old._hello())))
     world.run(5.0)
-    assert world.texts("suspected") == ["peer1 (0000000000000001): replaced by a new incarnation"]
+    assert world.texts("suspected") == [
+        "peer1 (0000000000000001): replaced by a new incarnation",
+        "old (0000000000000009): not heard for 3.0 s",
+    ]
     world.add(2)
     world.run(1.0)
     assert world.agreed() == (1, 2)
@@ -368,6 +371,33 @@ def test_what_is_started_in_the_place_of_a_kicked_peer_stays_out() -> None:
     world.add(5, host="h", launch="launch 5")  # started by hand: a newcomer like others
     world.run(1.0)
     assert world.agreed() == (1, 2, 5)
+
+
+def test_a_kick_says_why_to_a_peer_whose_key_is_barred_with_it() -> None:
+    key = b"k" * 32
+    world = three()
+    assert world.coordinator is not None
+    known = world.coordinator.peers[3]
+    known.hello = replace(known.hello, key=key)  # as it showed
+    world.ask(m.Kick("", 3, "", False, "too slow"))  # an empty name: whatever runs there
+    world.tick()
+    world.tick()
+    for moment in ("before the view", "after it"):
+        said = world.coordinator.step(Received(identity(3), m.Leave("default", 3), key), world.now)
+        told = [one.message for one in said if isinstance(one, Send)]
+        assert any("too slow" in getattr(one, "reason", "") for one in told), moment
+        world.run(1.0)
+    assert world.agreed() == (1, 2)
+
+
+def test_a_newcomer_that_falls_silent_is_told_of() -> None:
+    world = World(min_peers=3)
+    for peer in (1, 2):
+        world.add(peer)
+    world.run(1.0)
+    world.cut.add(2)
+    world.run(8.0)
+    assert any("peer2" in text for text in world.texts("suspected"))
 
 
 def test_who_was_asked_to_leave_may_come_back() -> None:
