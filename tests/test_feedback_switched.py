@@ -10,8 +10,9 @@ import torch
 from decotrain.communicator import Communicator, join
 from decotrain.errors import StateError
 from decotrain.outer import make
+from tests.fake_comm import FakeRun
 from tests.outer_naive import deep
-from tests.outer_runs import take_steps
+from tests.outer_runs import run_peers, take_steps
 
 OFF: dict[str, Any] = {"codec": "int8+e3m0"}
 ON: dict[str, Any] = {"codec": "e2m1+e3m0", "error_feedback": True, "owner_feedback": True}
@@ -102,3 +103,35 @@ def test_a_residual_of_another_shape_is_still_refused() -> None:
         pytest.raises(StateError, match=r"shape \(3,\) for 0\.residual.*resume with the options"),
     ):
         begin(comm, "diloco", state, ON)
+
+
+@pytest.mark.parametrize("how", ["waived", "lost"])
+def test_ddp_puts_back_the_residual_of_gradients_that_did_not_count(how: str) -> None:
+    """Its error is in bytes that nobody uses: it comes with the step that is made again."""
+    run = FakeRun(2)
+    comms: dict[int, Any] = {peer: run.comm(peer) for peer in (1, 2)}
+    getattr(run, how).add((2, 3))  # peer 2, its third step
+
+    def encoding(comm: Any) -> None:
+        begin = comm.all_reduce
+
+        def all_reduce(values: torch.Tensor, *, residual: torch.Tensor, **options: Any) -> Any:
+            residual += 1.0  # whatever encoding lost
+            return begin(values, **options)
+
+        comm.all_reduce = all_reduce
+
+    def body(peer: int) -> list[float]:
+        model = deep(peer)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = make("ddp", model, inner, comms[peer], codec="e2m1", error_feedback=True)
+        encoding(comms[peer])
+        kept = []
+        for _ in range(4):
+            take_steps(model, inner, outer, 1)
+            kept.append(float(outer.residuals[0][0]))
+        return kept
+
+    told = run_peers(run, [1, 2], body)
+    assert told[1] == [1.0, 2.0, 3.0, 4.0]
+    assert told[2] == [1.0, 2.0, 2.0, 3.0]

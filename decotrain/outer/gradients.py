@@ -181,8 +181,10 @@ class GradientAveraging:
         with torch.no_grad():
             values = bucket.gather()
             owed = self.owner_residuals.get(bucket.tag)
-            given = Contribution(values, self.tokens, values, residual, owner_residual=owed)
             bucket.before = None if residual is None else residual.clone()
+            given = Contribution(
+                values, self.tokens, values, residual, owner_residual=owed, before=bucket.before
+            )
             bucket.work = self.codec.begin(self.comm, bucket.tag, given)
 
     def average(self) -> None:
