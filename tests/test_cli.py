@@ -114,6 +114,12 @@ def test_a_port_in_use(run_dir: Path, text: str) -> None:
         assert_refused(done, str(port), "in use")
 
 
+@pytest.mark.parametrize("host", ["10.0.0..7", "x" * 70])
+def test_an_address_that_no_resolver_takes(run_dir: Path, host: str) -> None:
+    for command in (["status"], ["coordinator", "--listen"]):
+        assert_refused(run([*command, f"{host}:29400"], run_dir), "empty or too long")
+
+
 def test_unknown_words(run_dir: Path) -> None:
     assert_refused(run(["tarin"], run_dir), "unknown command 'tarin'", "train")
     assert_refused(run(["train", "--fast"], run_dir), "unknown option --fast")
