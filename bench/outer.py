@@ -306,7 +306,7 @@ class Turn:
 
 def goal(name: str, metrics: dict[str, list[float]]) -> str:
     """What this variant is to reach, and whether it does: "6 % over ddp: missed"."""
-    base, most = GOALS.get(name, ("", 0.0))
+    base, most = GOALS.get(re.sub(r" \w+=\S+", "", name), ("", 0.0))  # whatever its options
     over = metrics.get(f"over_{base}_percent")
     if not over:
         return ""
@@ -343,7 +343,8 @@ def run(settings: Settings) -> Report:
     finally:
         torch.set_num_threads(threads)
     for (name, length), metrics in found.items():
-        row = {"variant": name, "rounds": length // case.every, "goal": goal(name, metrics)}
+        every = Variant(name, case.every, case.variant.lr).every
+        row = {"variant": name, "rounds": length // every, "goal": goal(name, metrics)}
         report.add(row | {"seeds": len(metrics["held_out_nats"])}, **metrics)
     parameters = sum(p.numel() for p in case._model().parameters())
     report.note(
