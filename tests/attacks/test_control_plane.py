@@ -202,7 +202,8 @@ def test_bombs_of_a_member_are_dropped(process: Process) -> None:
             for bomb in BOMBS.values():
                 socket.send(bomb)
         client.status(process.address, timeout_s=WAIT_S, token=TOKEN)
-        assert resident_bytes(process.id) - memory < 3 * MESSAGE_BYTES_MAX
+        # A busy machine has some of them waiting at once; none of them stays.
+        until(lambda: resident_bytes(process.id) - memory < MESSAGE_BYTES_MAX)
 
 
 def test_a_kicked_peer_does_not_come_back(coordinator: ServerThread) -> None:
