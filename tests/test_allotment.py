@@ -144,13 +144,17 @@ def test_a_worker_that_is_not_heard_of_forgets_what_it_did() -> None:
     outer: Any = SimpleNamespace(
         finish=lambda: called.append("finish"), begin_anew=lambda: called.append("begin_anew")
     )
+    notes: list[str] = []
     trainer: Any = SimpleNamespace(
-        portions=Portions(Allotment(0), 2), uncounted=[], settings=SimpleNamespace(batch=1)
-    )
+        portions=Portions(Allotment(0), 2), uncounted=[], settings=SimpleNamespace(batch=1),
+        journal=SimpleNamespace(write=lambda _, text: notes.append(text)),
+    )  # fmt: skip
     for _ in range(HELD * 2 + 1):
         draw(trainer, outer, 5)
         trainer.uncounted.append(0.0)
     assert called == ["finish", "begin_anew"]
+    assert len(notes) == 1
+    assert f"learnt in {HELD * 2} steps: it forgets that" in notes[0]
     assert len(trainer.uncounted) == 1
     ((first, end),) = trainer.portions.uncounted
     assert end - first == 1

@@ -352,7 +352,7 @@ def test_a_round_skipped_after_an_error_comes_before_the_next() -> None:
         skipped = comm._shared.skipped[0]
         assert len(skipped) == 1
         open_round = Skipped()
-        skipped.append(open_round)
+        skipped.append((open_round, None))
         applied: list[int] = []
 
         def apply(result: Any) -> None:

@@ -84,7 +84,7 @@ def test_every_option_of_a_preset_has_bounds() -> None:
     assert options - names == {*outer_options.LIMITS, *outer_options.SWITCHES}
     assert tuple(PRESETS) == outer_options.PRESETS
     fields = {field.name for field in dataclasses.fields(OuterSettings)}
-    assert fields - {"preset", "pattern", "penalty"} == set(outer_options.LIMITS)
+    assert fields - {"preset", "pattern", "penalty", "own"} == set(outer_options.LIMITS)
     for name in PRESETS:
         defaults = {key: p.default for key, p in options_of(name).items()}
         assert inspect.Parameter.empty not in defaults.values()

@@ -188,6 +188,7 @@ def test_a_killed_launcher_leaves_no_peer_behind(run_dir: Path, coordinator: Ser
         until(lambda: [row["role"] for row in peers(coordinator)] == ["active"])
         started.process.kill()
         until(lambda: not peers(coordinator))
+        started.end()  # its script held the pipes
     assert "left" in [kind for kind, _ in events(coordinator)]
 
 

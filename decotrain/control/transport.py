@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
+from decotrain.control.fields import brief
 from decotrain.control.messages import MESSAGE_BYTES_MAX
 from decotrain.control.token import VARIABLE, PeerKey, Secret, Token
 from decotrain.errors import ConfigError, UnreachableError
@@ -52,7 +53,8 @@ def split_address(address: str) -> tuple[str, int]:
         host.encode("idna")
     except UnicodeError:
         raise ConfigError(
-            f"{address!r} is no address: a part of {host!r} between two dots is empty or too long"
+            f"{brief(address)} is no address: a part of the name between two dots is empty or too"
+            " long"
         ) from None
     if not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{address!r} has no valid port; write HOST:PORT with PORT in 0..65535")
