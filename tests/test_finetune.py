@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -155,7 +156,10 @@ def test_a_file_of_tensors_and_a_function(place: Path, start: Callable[..., Runn
 def test_what_is_wrong_is_said_before_anything_starts(
     place: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    logger = logging.getLogger("decotrain.peer")
     assert cli.main(["finetune", "base=runs/first", *SMALL, *words]) == 2
+    assert not logger.disabled, "hydra has switched off the loggers there were"
+    assert logging.getLogger().level == logging.WARNING
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
