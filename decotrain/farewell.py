@@ -65,4 +65,7 @@ def last_words(path: Path) -> Error | None:
 
 
 def _exit(number: int, _: object) -> None:
+    # Once: threads of a launcher that is killed end one by one, and each tells its children. A
+    # second exception would come in the middle of leaving.
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
