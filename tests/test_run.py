@@ -194,6 +194,28 @@ def test_a_killed_launcher_leaves_no_peer_behind(run_dir: Path, coordinator: Ser
     assert "left" in [kind for kind, _ in events(coordinator)]
 
 
+TWICE = """
+import os, signal
+from decotrain.farewell import end_well
+def leave(bound_s):
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("left")
+end_well(leave)
+os.kill(os.getpid(), signal.SIGTERM)
+signal.pause()
+"""
+
+
+def test_a_second_signal_does_not_break_into_leaving(run_dir: Path) -> None:
+    """Each thread of a launcher that is killed sends one."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, text=True, check=False, timeout=WAIT_S,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent),
+             "DECOTRAIN_FAREWELL": str(run_dir / "farewell")},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "left\n", "")
+
+
 @pytest.mark.parametrize(("command", "code"), [("kick", 2), ("leave", 0)])
 def test_who_is_left_out_is_not_started_again(
     run_dir: Path, coordinator: ServerThread, command: str, code: int
